@@ -1,0 +1,1 @@
+"""The demo model: its picture world, networks, training and judge."""

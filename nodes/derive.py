@@ -1,0 +1,77 @@
+"""From declared methods to nodes: a node is derived, not written.
+
+``inputs(Method)`` turns ``param(...)`` fields into node inputs with their tooltips; ``node(...)`` makes the whole node class.
+Widget order is a file format (workflows store values by position): parameters are only ever appended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from comfy_api.latest import io
+
+from ..solvers.method import Method, Param, params, summary
+
+PREFIX = "Quickstep_"
+
+
+def widget(declared: Param) -> io.WidgetInput:
+    """The node input of one declared parameter."""
+    common = dict(tooltip=declared.help, default=declared.default)
+    if declared.advanced:
+        common["advanced"] = True
+    if declared.kind is bool:
+        return io.Boolean.Input(declared.name, **common)
+    if declared.options is not None:
+        return io.Combo.Input(declared.name, options=list(declared.options), **common)
+    if declared.kind is str:
+        return io.String.Input(declared.name, **common)
+    limits = {key: getattr(declared, key) for key in ("min", "max", "step") if getattr(declared, key) is not None}
+    if declared.kind is int:
+        return io.Int.Input(declared.name, **common, **limits)
+    return io.Float.Input(declared.name, **common, **limits)
+
+
+def inputs(method: type[Method]) -> list[io.WidgetInput]:
+    """The node inputs of all parameters, in their declared order."""
+    return [widget(declared) for declared in params(method)]
+
+
+def node(
+    method: type[Method],
+    category: str,
+    run: Callable[..., tuple],
+    outputs: list[io.Output],
+    before: list[io.Input] = (),
+    after: list[io.Input] = (),
+) -> type[io.ComfyNode]:
+    """A node class for ``method``.
+
+    run: called as ``run(method(**settings), **other_inputs)``, returns the outputs as a tuple.
+    before, after: inputs that are not parameters of the method, placed before and after them.
+    """
+    names = [declared.name for declared in params(method)]
+
+    class Derived(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(
+                node_id=PREFIX + method.id,
+                display_name=f"{method.title} (Quickstep)",
+                category=f"Quickstep/{category}",
+                description=f"{summary(method)}\n{method.paper}",
+                search_aliases=[method.title, method.id, method.paper],
+                inputs=[*before, *inputs(method), *after],
+                outputs=outputs,
+            )
+
+        @classmethod
+        def execute(cls, **given):
+            settings = {name: given.pop(name) for name in names if name in given}
+            return io.NodeOutput(*run(method(**settings), **given))
+
+    Derived.__name__ = Derived.__qualname__ = method.id
+    Derived.__doc__ = method.__doc__
+    Derived.__module__ = __name__
+    Derived.METHOD = method
+    return Derived

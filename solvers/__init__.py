@@ -1,0 +1,1 @@
+"""The mathematics of Quickstep: torch, numpy and scipy only, no ComfyUI."""

@@ -1,0 +1,309 @@
+"""Exponential integrators in data prediction: DDIM, DPM-Solver++ and SDE-DPM-Solver++ from one update.
+
+Between s and t (lambda increases by h), with a share kappa in [0, 1] of the old noise kept, the reverse process is
+
+    x_t = (sigma_t / sigma_s) kappa x_s + alpha_t I + sigma_t sqrt(1 - kappa^2) z,
+    I   = int_0^1 H e^{-H (1 - u)} D(u) du,          H = h - log kappa,   u = (lambda - lambda_s) / h,
+
+D being the predicted clean sample along the way. kappa = 1 is the probability-flow ODE (Lu et al. 2022,
+arXiv:2211.01095, eq. 8), kappa = e^{-eta h} the reverse SDE scaled by eta (ibid., eq. 18 at eta = 1), and
+kappa^2 = 1 - eta^2 (1 - e^{-2h}) is DDIM with eta (Song et al. 2020, arXiv:2010.02502, eq. 16).
+
+D(u) is replaced by the polynomial through the newest k predictions, whose integral is a weighted sum of them: one small
+linear system for the weights, one routine for all members.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .method import param
+from .solver import Problem, Solver, Step
+
+
+def phi(k: int, z: float) -> float:
+    """phi_k(z) = sum_{j>=0} z^j / (j + k)!, the functions of exponential integrators; phi_0 is exp.
+
+    The recursion phi_k = (phi_{k-1} - 1/(k-1)!) / z cancels for small z, where the series is used instead.
+    """
+    if abs(z) < 0.5 * (k + 1):
+        term = total = 1.0 / math.factorial(k)
+        for j in range(1, 30):
+            term *= z / (j + k)
+            total += term
+        return total
+    value = math.exp(z)
+    for j in range(k):
+        value = (value - 1.0 / math.factorial(j)) / z
+    return value
+
+
+def moments(k: int, H: float) -> list[float]:
+    """The integrals of u^m against the kernel, m < k:  M_m = int_0^1 H e^{-H (1-u)} u^m du = H m! phi_{m+1}(-H)."""
+    return [H * math.factorial(m) * phi(m + 1, -H) for m in range(k)]
+
+
+def weights(u: Sequence[float], M: Sequence[float]) -> list[float]:
+    """Weights w_j with sum_j w_j u_j^m = M_m: integrate the polynomial through the nodes ``u``."""
+    if len(u) == 1:
+        return [M[0]]
+    return np.linalg.solve(np.vander(u, increasing=True).T, M).tolist()
+
+
+@dataclass(frozen=True)
+class History:
+    """Past predictions ``(lambda, x0)``, newest last, and how many steps are left, the coming one included."""
+
+    past: tuple[tuple[float, torch.Tensor], ...]
+    left: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ExponentialSolver(Solver):
+    """Abstract: the shared step. Members say which kappa and which moments they use."""
+
+    calls: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def points(self) -> int:
+        """How many predictions enter a step."""
+
+    @abstractmethod
+    def kappa(self, h: float) -> float:
+        """Share of the old noise kept over a step of length h (which may be infinite)."""
+
+    @abstractmethod
+    def bend(self, M: list[float]) -> list[float]:
+        """The moments the member really uses, given the exact ones."""
+
+    @property
+    @abstractmethod
+    def noise_gain(self) -> float:
+        """Factor on the drawn noise, 1 for the exact marginals."""
+
+    @property
+    @abstractmethod
+    def ends_low(self) -> str:
+        """``always``, ``never`` or ``auto`` (below 15 steps): whether the last steps fall back to lower order."""
+
+    def start(self, times: Sequence[float]) -> History:
+        return History((), len(times) - 1, len(times) - 1)
+
+    def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: History) -> Step:
+        process = problem.process
+        x0 = problem.denoise(x, s)
+        past = (*state.past, (process.lam(s), x0))[-self.points :]
+        after = History(past, state.left - 1, state.total)
+        if t == 0.0:  # lambda = +inf: I is the prediction itself, no noise is left
+            return Step(x0, x0, after)
+
+        lam_s, lam_t = process.lam(s), process.lam(t)
+        h = lam_t - lam_s
+        low = self.ends_low == "always" or (self.ends_low == "auto" and state.total < 15)
+        k = min(self.points, state.left) if low else self.points
+        # A node at lambda = -inf (pure noise) cannot carry a polynomial: its step is first order and it is not kept.
+        nodes = [node for node in past[-k:] if math.isfinite(node[0])] if math.isfinite(h) else past[-1:]
+        kappa = self.kappa(h)
+        H = h - math.log(kappa) if kappa > 0.0 else math.inf
+        if math.isfinite(H):
+            w = weights([(lam - lam_s) / h for lam, _ in nodes], self.bend(moments(len(nodes), H)))
+        else:
+            nodes, w = past[-1:], [1.0]
+
+        alpha_t, sigma_t = process.alpha(t), process.sigma(t)
+        x = x * (sigma_t / process.sigma(s) * kappa)
+        for (_, prediction), weight in zip(nodes, w, strict=True):
+            x = x.add_(prediction, alpha=alpha_t * weight)
+        gain = sigma_t * math.sqrt(1.0 - kappa * kappa) * self.noise_gain * process.noise_scale
+        if gain > 0.0:
+            x = x.add_(problem.noise(s, t), alpha=gain)
+        return Step(x, x0, after)
+
+
+_LOWER_ORDER_FINAL = dict(
+    default="auto",
+    help="Fall back to lower order in the last steps, which steadies short runs. auto: below 15 steps.",
+    options=("auto", "always", "never"),
+    advanced=True,
+)
+_S_NOISE = dict(
+    default=1.0, help="Factor on the injected noise; 1 keeps the exact variance.", min=0.0, max=2.0, step=0.01, advanced=True
+)
+
+
+@dataclass(frozen=True)
+class DDIM(ExponentialSolver):
+    """First-order sampler, from deterministic (eta 0) to the ancestral DDPM sampler (eta 1).
+
+    x_t = alpha_t D + sigma_t [sqrt(1 - eta^2 (1 - q^2)) eps + eta sqrt(1 - q^2) z],
+    with eps = (x_s - alpha_s D) / sigma_s and q = (sigma_t alpha_s) / (sigma_s alpha_t).
+
+    eta = 0 is the Euler method for the probability-flow ODE, and DPM-Solver++ of order 1. One call per step.
+    Raises ValueError for eta outside [0, 1].
+
+    Source: Song, Meng, Ermon (2020), arXiv:2010.02502, eq. 12 and 16.
+    """
+
+    id: ClassVar[str] = "DDIM"
+    title: ClassVar[str] = "DDIM"
+    paper: ClassVar[str] = "Song et al. (2020), arXiv:2010.02502"
+
+    eta: float = param(0.0, "Noise added per step: 0 none (deterministic), 1 as much as DDPM.", min=0.0, max=1.0, step=0.01)
+    s_noise: float = param(**_S_NOISE)
+
+    points: ClassVar[int] = 1
+    ends_low: ClassVar[str] = "never"
+
+    @property
+    def convergence_order(self) -> int:
+        return 1
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0.0
+
+    @property
+    def noise_gain(self) -> float:
+        return self.s_noise
+
+    def kappa(self, h: float) -> float:
+        return math.sqrt(1.0 + self.eta**2 * math.expm1(-2.0 * h))
+
+    def bend(self, M: list[float]) -> list[float]:
+        return M
+
+
+def _bend(M: list[float], correction: str, third_order: str) -> list[float]:
+    """The published members of the family differ from the exact integral only in one moment each."""
+    if len(M) == 2 and correction == "midpoint":
+        return [M[0], M[0] / 2]
+    if len(M) == 3 and third_order == "reference":
+        return [M[0], M[1], M[2] / 2]
+    return M
+
+
+_CORRECTION = dict(
+    default="midpoint",
+    help="Second-order term: midpoint (DPM-Solver++'s own) or taylor (the exact integral, also called heun or RES 2M).",
+    options=("midpoint", "taylor"),
+)
+_THIRD = dict(
+    default="exact",
+    help="Third-order term: exact converges at order 3; reference is the published formula, which converges at order 2 but is "
+    "steadier at few steps with high CFG.",
+    options=("exact", "reference"),
+    advanced=True,
+)
+
+
+@dataclass(frozen=True)
+class DPMSolverPP(ExponentialSolver):
+    """DPM-Solver++ multistep (1S, 2M, 3M): the usual choice for 8 to 20 steps, one network call per step.
+
+    x_t = (sigma_t / sigma_s) x_s + alpha_t sum_j w_j D_j,  sum_j w_j u_j^m = M_m,  M_m = h m! phi_{m+1}(-h),
+
+    over the newest ``order`` predictions D_j at u_j = (lambda_j - lambda_s) / h. Order 1 is DDIM. "midpoint" takes
+    M_1 = M_0 / 2 at order 2, which differs from the exact integral by O(h^3) and keeps the order.
+
+    At order 3 the published formula (arXiv:2211.01095, algorithm 2's extension, and every copy of it) has half the
+    exact M_2 and therefore converges at order 2; ``third_order = exact`` uses the integral itself and converges at
+    order 3. The first steps have fewer predictions and lower order.
+
+    Source: Lu et al. (2022), arXiv:2211.01095, eq. 8-12 and algorithm 2.
+    """
+
+    id: ClassVar[str] = "DPMSolverPP"
+    title: ClassVar[str] = "DPM-Solver++"
+    paper: ClassVar[str] = "Lu et al. (2022), arXiv:2211.01095"
+
+    order: int = param(2, "1 is DDIM, 2 is 2M (robust), 3 is 3M (more accurate from about 12 steps and low CFG).", min=1, max=3)
+    correction: str = param(**_CORRECTION)
+    third_order: str = param(**_THIRD)
+    lower_order_final: str = param(**_LOWER_ORDER_FINAL)
+
+    noise_gain: ClassVar[float] = 0.0
+
+    @property
+    def points(self) -> int:
+        return self.order
+
+    @property
+    def ends_low(self) -> str:
+        return self.lower_order_final
+
+    @property
+    def convergence_order(self) -> int:
+        return 2 if self.order == 3 and self.third_order == "reference" else self.order
+
+    @property
+    def stochastic(self) -> bool:
+        return False
+
+    def kappa(self, h: float) -> float:
+        return 1.0
+
+    def bend(self, M: list[float]) -> list[float]:
+        return _bend(M, self.correction, self.third_order)
+
+
+@dataclass(frozen=True)
+class SDEDPMSolverPP(ExponentialSolver):
+    """SDE-DPM-Solver++ (1, 2M, 3M): adds fresh noise at every step, for texture at 15 steps and more.
+
+    As DPM-Solver++, with kappa = e^{-eta h} of the old noise kept and H = (1 + eta) h in the weights:
+
+    x_t = (sigma_t / sigma_s) e^{-eta h} x_s + alpha_t sum_j w_j D_j + sigma_t sqrt(1 - e^{-2 eta h}) z.
+
+    eta = 0 is DPM-Solver++, eta = 1 the reverse SDE; order 1 with eta = 1 is DDIM with eta = 1. Variance converges at weak
+    order 1 for order 1 and 2 for orders 2 and 3. One call per step.
+
+    Source: Lu et al. (2022), arXiv:2211.01095, section 5 and eq. 18-19; the scaling by eta is k-diffusion's.
+    """
+
+    id: ClassVar[str] = "SDEDPMSolverPP"
+    title: ClassVar[str] = "SDE-DPM-Solver++"
+    paper: ClassVar[str] = "Lu et al. (2022), arXiv:2211.01095"
+
+    order: int = param(2, "Predictions used per step: 1, 2 (2M) or 3 (3M).", min=1, max=3)
+    eta: float = param(1.0, "Noise added per step: 0 none (DPM-Solver++), 1 the reverse SDE.", min=0.0, max=2.0, step=0.01)
+    correction: str = param(**_CORRECTION)
+    third_order: str = param(**_THIRD)
+    s_noise: float = param(**_S_NOISE)
+    lower_order_final: str = param(**_LOWER_ORDER_FINAL)
+
+    @property
+    def points(self) -> int:
+        return self.order
+
+    @property
+    def ends_low(self) -> str:
+        return self.lower_order_final
+
+    @property
+    def noise_gain(self) -> float:
+        return self.s_noise
+
+    @property
+    def convergence_order(self) -> int:
+        if self.stochastic:
+            return min(self.order, 2)
+        return 2 if self.order == 3 and self.third_order == "reference" else self.order
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0.0
+
+    def kappa(self, h: float) -> float:
+        return math.exp(-self.eta * h) if self.eta > 0.0 else 1.0  # h may be infinite
+
+    def bend(self, M: list[float]) -> list[float]:
+        return _bend(M, self.correction, self.third_order)

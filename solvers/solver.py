@@ -1,0 +1,110 @@
+"""Problem, Step, Solver and the one sampling loop."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+
+from .method import Method
+from .process import ForwardProcess
+
+Denoise = Callable[[torch.Tensor, float], torch.Tensor]
+"""``(x_t, t) -> x_0``: the network's guess of the clean sample, guidance and masks included. One call is one NFE."""
+
+Noise = Callable[[float, float], torch.Tensor]
+"""``(s, t) -> z``: standard normal noise for the interval from s down to t, of the shape, dtype and device of x."""
+
+
+def no_noise(s: float, t: float) -> torch.Tensor:
+    raise ValueError("this solver draws noise, but the problem has no noise source")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be solved: ``dx/dt`` given by a denoiser and a forward process, and where noise comes from."""
+
+    denoise: Denoise
+    process: ForwardProcess
+    noise: Noise = no_noise
+
+
+@dataclass(frozen=True)
+class Step:
+    """The result of one step: the new ``x`` at t, the ``x0`` predicted on the way, the state for the next step."""
+
+    x: torch.Tensor
+    x0: torch.Tensor
+    state: Any
+
+
+@dataclass(frozen=True)
+class Solver(Method):
+    """A method to go from x_s to x_t: frozen settings and one pure step.
+
+    Besides ``Method``'s, subclasses declare
+
+    - ``calls``: network calls per step.
+    - ``order`` (property): global order of convergence on a smooth problem, once the history is filled.
+    - ``weak_order`` (property): for stochastic settings, the order of the variance on Gaussian data.
+    - ``stochastic`` (property): whether a step draws noise with these settings.
+    """
+
+    calls: ClassVar[int] = 1
+
+    @property
+    @abstractmethod
+    def convergence_order(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def stochastic(self) -> bool: ...
+
+    @abstractmethod
+    def start(self, times: Sequence[float]) -> Any:
+        """The state before the first of the steps over ``times``."""
+
+    @abstractmethod
+    def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: Any) -> Step:
+        """One step from time s to t < s. Changes neither ``x`` nor ``state``; t = 0 is the clean sample."""
+
+
+def check_times(times: Sequence[float], process: ForwardProcess) -> None:
+    """Raise ``ValueError`` unless the times decrease strictly, are finite, and lie in the process' domain."""
+    for i, t in enumerate(times):
+        if not math.isfinite(t):
+            raise ValueError(f"sigmas[{i}] is {t}; every sigma must be a finite number.")
+        if t < 0:
+            raise ValueError(f"sigmas[{i}] is {t:g}; a sigma cannot be negative.")
+        if process.alpha(t) < 0:
+            raise ValueError(f"sigmas[{i}] is {t:g}, but this is a flow model, whose sigmas lie between 0 and 1.")
+    for i, (s, t) in enumerate(pairwise(times)):
+        if t >= s:
+            raise ValueError(f"sigmas must decrease, but sigmas[{i}] is {s:g} and sigmas[{i + 1}] is {t:g}.")
+
+
+def solve(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[float]) -> Iterator[Step]:
+    """Run ``solver`` over ``times`` (strictly decreasing floats), yielding every step.
+
+    The only loop of the pack: previews, trajectories, early stops and optimizers all consume this iterator. The last
+    step's ``x`` is the sample at ``times[-1]``; with fewer than two times nothing is yielded.
+    """
+    times = [float(t) for t in times]
+    check_times(times, problem.process)
+    state = solver.start(times)
+    for s, t in pairwise(times):
+        step = solver.step(problem, x, s, t, state)
+        x, state = step.x, step.state
+        yield step
+
+
+def sample(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[float]) -> torch.Tensor:
+    """The final x of ``solve``."""
+    for step in solve(problem, solver, x, times):
+        x = step.x
+    return x
