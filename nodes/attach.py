@@ -1,0 +1,92 @@
+"""Accelerator -> patched clone of a MODEL, and back.
+
+Everything hangs on keyed wrappers of a clone; the state of a run is made when the run starts, travels in that run's own
+``transformer_options`` and is dropped when it ends. So clones, second passes, nested runs and interrupted runs never
+see each other's state, and putting the same accelerator on again replaces it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import get_executing_context
+
+from ..solvers.report import Ledger, Meter
+
+MEASURE = "quickstep.measure"
+FORWARD = "quickstep.forward"
+
+log = logging.getLogger("quickstep")
+
+
+def measure(model):
+    """A clone of ``model`` whose runs are counted, with or without an accelerator; read them with ``ledger_of``.
+
+    The ledger is new, and shared by all clones of the returned model. Measuring twice counts once.
+    """
+    clone = model.clone()
+    clone.set_attachments(MEASURE, Ledger())
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: _measured_run,
+        WrappersMP.PREDICT_NOISE: _measured_call,
+        WrappersMP.APPLY_MODEL: _measured_forward,
+    }
+    for kind, wrapper in wrappers.items():
+        clone.remove_wrappers_with_key(kind, MEASURE)
+        # Outermost, or a call that another wrapper answers by itself would not be counted.
+        clone.wrappers[kind] = {MEASURE: [wrapper], **clone.wrappers.get(kind, {})}
+    return clone
+
+
+def ledger_of(model) -> Ledger | None:
+    """The ledger of a model that went through ``measure`` or ``attach``; None if it never did."""
+    return model.get_attachment(MEASURE)
+
+
+def meter_of(model_options: dict) -> Meter | None:
+    """The meter of the run that these model options belong to."""
+    return model_options.get("transformer_options", {}).get(MEASURE)
+
+
+def sampler_name(sampler) -> str:
+    """``euler`` for ComfyUI's ``sample_euler``; the class name for a sampler that is not a function."""
+    function = getattr(sampler, "sampler_function", None)
+    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+
+
+def _measured_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    guider = executor.class_obj
+    here = get_executing_context()
+    steps = max(len(sigmas) - 1, 0)
+    meter = Meter(label=f"{sampler_name(sampler)}, {steps} steps", steps=steps, group=here.prompt_id if here else "")
+    guider.model_options["transformer_options"][MEASURE] = meter
+    try:
+        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        comfy.model_management.synchronize()  # the clock must not stop while the device still works
+        meter.finished = True
+        return samples
+    finally:
+        guider.model_options["transformer_options"].pop(MEASURE, None)
+        report = meter.report()
+        ledger = ledger_of(guider.model_patcher)
+        if ledger is not None:
+            ledger.add(report)
+        log.info("Quickstep: %s", report.line())
+
+
+def _measured_call(executor, x, timestep, model_options, *args, **kwargs):
+    meter = meter_of(model_options)
+    if meter is None:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    with meter.call():
+        return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _measured_forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    options = dict(transformer_options or {})
+    meter = options.get(MEASURE)
+    if meter is not None:
+        options[FORWARD] = meter.forward(x.numel())
+    return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
