@@ -1,0 +1,37 @@
+# Quickstep from nothing: a Python >= 3.10 with venv, and make. Everything is installed under $QUICKSTEP_CACHE
+# (default ~/.cache/quickstep); COMFYUI_PATH uses a ComfyUI of your own instead of the pinned one.
+
+PYTHON ?= python3
+BED = $(PYTHON) demo/testbed.py
+PORT ?= 8188
+
+.PHONY: demo serve test test-matrix lint bench docs train-demo clean
+
+demo:         ## pictures and the comparison table, into output/
+	@$(BED) run python demo/run.py
+
+serve:        ## the real interface on http://127.0.0.1:8188 (PORT=...), with the pack and its demo model
+	@$(BED) run python demo/server.py $(PORT)
+
+test:         ## all tests; ARGS="tests/solvers -k ddim" for some
+	@$(BED) --tests run pytest $(ARGS)
+
+test-matrix:  ## the smoke tests on every supported ComfyUI
+	@$(BED) matrix
+
+lint:         ## ruff and pyright
+	@$(BED) --tests run ruff check .
+	@$(BED) --tests run ruff format --check .
+	@$(BED) --tests run pyright
+
+bench:        ## measurements, into output/
+	@$(BED) --tests run python benchmarks/run.py $(ARGS)
+
+docs:         ## help pages and the README's tables, from the docstrings
+	@$(BED) --tests run python nodes/docs.py
+
+train-demo:   ## the demo model again, resuming what is in demo/checkpoints (hours on a CPU)
+	@$(BED) run python demo/train.py $(or $(ARGS),all)
+
+clean:        ## what this checkout made; the cache stays
+	rm -rf output

@@ -1,0 +1,24 @@
+"""A real ComfyUI inside the test process: ``import comfy``, ``comfy_api`` and ``quickstep_under_test.nodes`` work here.
+
+``COMFYUI_PATH`` names it; ``make test`` sets it. Without it these tests fail, they never skip. They run on the CPU unless
+``QUICKSTEP_DEVICE`` says otherwise, and ComfyUI reads and writes in a temporary folder only.
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+COMFYUI = os.environ.get("COMFYUI_PATH", "")
+if not COMFYUI or not (Path(COMFYUI) / "comfy" / "samplers.py").is_file():
+    raise RuntimeError(f"COMFYUI_PATH = {COMFYUI!r} is not a ComfyUI folder; run these tests with `make test`.")
+if COMFYUI not in sys.path:
+    sys.path.insert(0, COMFYUI)
+
+from comfy.cli_args import args  # noqa: E402  (before anything else of ComfyUI, which looks for a GPU when imported)
+
+args.cpu = os.environ.get("QUICKSTEP_DEVICE", "cpu") == "cpu"
+args.base_directory = tempfile.mkdtemp(prefix="quickstep-comfy-")
+atexit.register(shutil.rmtree, args.base_directory, ignore_errors=True)
