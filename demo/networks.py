@@ -55,7 +55,9 @@ class PatchUNet(UNetModel):
     """ComfyUI's UNet on pixel patches: ``(n, 3, h, w)`` in and out, ``(n, 12, h/2, w/2)`` inside."""
 
     def forward(self, x, *args, **kwargs):
-        return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x, PATCH), *args, **kwargs), PATCH)
+        h, w = x.shape[-2:]
+        x = F.pad(x, (0, -w % PATCH, 0, -h % PATCH), mode="replicate")
+        return F.pixel_shuffle(super().forward(F.pixel_unshuffle(x, PATCH), *args, **kwargs), PATCH)[..., :h, :w]
 
 
 CLASSES = {"unet": PatchUNet, "unet_small": PatchUNet, "dit": OpenAISignatureMMDITWrapper}

@@ -138,6 +138,12 @@ _LOWER_ORDER_FINAL = dict(
 _S_NOISE = dict(
     default=1.0, help="Factor on the injected noise; 1 keeps the exact variance.", min=0.0, max=2.0, step=0.01, advanced=True
 )
+_NOISE = dict(
+    default="brownian",
+    help="brownian: one path per seed, so that more steps converge to the same picture. gaussian: independent noise per step.",
+    options=("brownian", "gaussian"),
+    advanced=True,
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ class DDIM(ExponentialSolver):
 
     eta: float = param(0.0, "Noise added per step: 0 none (deterministic), 1 as much as DDPM.", min=0.0, max=1.0, step=0.01)
     s_noise: float = param(**_S_NOISE)
+    noise: str = param(**_NOISE)
 
     points: ClassVar[int] = 1
     ends_low: ClassVar[str] = "never"
@@ -279,6 +286,7 @@ class SDEDPMSolverPP(ExponentialSolver):
     third_order: str = param(**_THIRD)
     s_noise: float = param(**_S_NOISE)
     lower_order_final: str = param(**_LOWER_ORDER_FINAL)
+    noise: str = param(**_NOISE)
 
     @property
     def points(self) -> int:

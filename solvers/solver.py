@@ -50,12 +50,14 @@ class Solver(Method):
     Besides ``Method``'s, subclasses declare
 
     - ``calls``: network calls per step.
-    - ``order`` (property): global order of convergence on a smooth problem, once the history is filled.
-    - ``weak_order`` (property): for stochastic settings, the order of the variance on Gaussian data.
-    - ``stochastic`` (property): whether a step draws noise with these settings.
+    - ``noise``: which source of ``solvers.noise`` a stochastic run draws from.
+    - ``convergence_order``: global order on a smooth problem, once the history is filled; with stochastic settings the
+      weak order, that of the variance on Gaussian data.
+    - ``stochastic``: whether a step draws noise with these settings.
     """
 
     calls: ClassVar[int] = 1
+    noise: ClassVar[str] = "gaussian"
 
     @property
     @abstractmethod

@@ -1,0 +1,329 @@
+"""DDIM, DPM-Solver++ and SDE-DPM-Solver++: order, identities, exact moments. Float64, no ComfyUI."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from quickstep_under_test.solvers.exact import GaussianMixture
+from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP, moments, phi, weights
+from quickstep_under_test.solvers.noise import brownian, gaussian
+from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
+from quickstep_under_test.solvers.solver import Problem, sample, solve
+
+VE = VarianceExploding(t_min=0.03, t_max=14.6)
+FLOW = RectifiedFlow()
+PROCESSES = [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow")]
+RANGE = {id(VE): (10.0, 0.1), id(FLOW): (0.95, 0.05)}
+
+ODE = [
+    DDIM(),
+    DPMSolverPP(order=1),
+    DPMSolverPP(order=2, correction="midpoint", lower_order_final="never"),
+    DPMSolverPP(order=2, correction="taylor", lower_order_final="never"),
+    DPMSolverPP(order=3, third_order="exact", lower_order_final="never"),
+    DPMSolverPP(order=3, third_order="reference", lower_order_final="never"),
+    SDEDPMSolverPP(order=2, eta=0.0, lower_order_final="never"),
+    SDEDPMSolverPP(order=3, eta=0.0, third_order="exact", lower_order_final="never"),
+]
+
+
+def label(solver) -> str:
+    settings = "-".join(str(v) for v in vars(solver).values())
+    return f"{type(solver).__name__}-{settings}"
+
+
+def start(process, t, n=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x0 = 0.7 * torch.randn(n, 1, 2, 2, generator=g, dtype=torch.float64)
+    return process.alpha(t) * x0 + t * torch.randn(n, 1, 2, 2, generator=g, dtype=torch.float64)
+
+
+def uniform_lambda(process, t_max, t_min, n):
+    lams = np.linspace(process.lam(t_max), process.lam(t_min), n + 1)
+    times = [process.t_of_lam(lam) for lam in lams]
+    times[0], times[-1] = t_max, t_min
+    return times
+
+
+def graded(process, t_max, t_min, n, levels=12):
+    """Uniform in lambda with the first interval refined geometrically: the cold start then costs nothing."""
+    l0, l1 = process.lam(t_max), process.lam(t_min)
+    h = (l1 - l0) / n
+    lams = [l0, *(l0 + h * 2.0**-j for j in range(levels, 0, -1)), *(l0 + h * i for i in range(1, n + 1))]
+    times = [process.t_of_lam(lam) for lam in lams]
+    times[0], times[-1] = t_max, t_min
+    return times
+
+
+def measured_order(solver, process, grid, steps=(20, 40, 80, 160)):
+    """Largest slope of log2 error between successive step counts whose error is above round-off: the finest pair."""
+    t_max, t_min = RANGE[id(process)]
+    data = GaussianMixture.random()
+    x = start(process, t_max)
+    exact = data.solve_ode(process, x, t_max, t_min)
+    problem = Problem(data.denoiser(process), process)
+    errors = [(sample(problem, solver, x, grid(process, t_max, t_min, n)) - exact).abs().max().item() for n in steps]
+    pairs = [(a, b) for a, b in zip(errors, errors[1:], strict=False) if b > 1e-9]
+    a, b = pairs[-1]
+    return math.log2(a / b)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", ODE, ids=label)
+def test_order_of_convergence(solver, process):
+    order = measured_order(solver, process, graded)
+    assert abs(order - solver.convergence_order) <= 0.25, order
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_cold_start_is_second_order(process):
+    """A first-order first step limits any multistep method to global order 2; the docs say so."""
+    solver = DPMSolverPP(order=3, third_order="exact", lower_order_final="never")
+    assert 1.7 <= measured_order(solver, process, uniform_lambda, steps=(640, 1280)) <= 2.3
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", ODE, ids=label)
+def test_point_mass_is_exact(solver, process):
+    """With constant predictions every step is exact, on any grid: x_t = alpha_t m + (sigma_t/sigma_s)(x_s - alpha_s m)."""
+    data = GaussianMixture.gaussian(mean=0.3, variance=0.0)
+    t_max, t_min = RANGE[id(process)]
+    x = start(process, t_max)
+    times = [t_max, 0.9 * t_max, 0.33 * t_max, 0.32 * t_max, t_min]
+    got = sample(Problem(data.denoiser(process), process), solver, x, times)
+    expected = process.alpha(t_min) * 0.3 + (t_min / t_max) * (x - process.alpha(t_max) * 0.3)
+    assert (got - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", ODE, ids=label)
+def test_exact_gaussian_solution(solver, process):
+    """The closed form for one Gaussian: x - alpha m shrinks with the square root of the marginal variance."""
+    variance, mean = 0.4, 0.5
+    data = GaussianMixture.gaussian(mean, variance)
+    t_max, t_min = RANGE[id(process)]
+    x = start(process, t_max)
+    got = sample(Problem(data.denoiser(process), process), solver, x, uniform_lambda(process, t_max, t_min, 400))
+    marginal = [process.alpha(t) ** 2 * variance + t**2 for t in (t_max, t_min)]
+    expected = process.alpha(t_min) * mean + (x - process.alpha(t_max) * mean) * math.sqrt(marginal[1] / marginal[0])
+    assert (got - expected).abs().max() < (2e-2 if solver.convergence_order == 1 else 1e-3)
+
+
+def run(solver, process, times, noise=None, seed=0):
+    data = GaussianMixture.random()
+    x = start(process, times[0], seed=seed)
+    problem = Problem(data.denoiser(process), process, noise or gaussian(x, 7))
+    return sample(problem, solver, x, times)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (DDIM(), DPMSolverPP(order=1)),
+        (DDIM(eta=1.0), SDEDPMSolverPP(order=1, eta=1.0)),
+        (DPMSolverPP(order=2), SDEDPMSolverPP(order=2, eta=0.0)),
+        (DPMSolverPP(order=3), SDEDPMSolverPP(order=3, eta=0.0)),
+        (DPMSolverPP(order=2, correction="taylor"), SDEDPMSolverPP(order=2, eta=0.0, correction="taylor")),
+    ],
+    ids=lambda s: label(s),
+)
+def test_members_that_coincide(one, other, process):
+    times = [*uniform_lambda(process, *RANGE[id(process)], 9), 0.0]
+    assert (run(one, process, times) - run(other, process, times)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_ddim_is_euler_in_sigma(process):
+    t_max, t_min = RANGE[id(process)]
+    times = uniform_lambda(process, t_max, t_min, 7)
+    denoise = GaussianMixture.random().denoiser(process)
+    x = start(process, t_max)
+    euler = x
+    for s, t in zip(times, times[1:], strict=False):
+        euler = euler + (t - s) * (euler - denoise(euler, s)) / s
+    assert (sample(Problem(denoise, process), DDIM(), x, times) - euler).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("solver", ODE, ids=label)
+def test_flow_equals_variance_exploding_in_x_over_alpha(solver):
+    """Data-prediction solvers depend on the process only through x / alpha and lambda."""
+    data = GaussianMixture.random()
+    times = uniform_lambda(FLOW, 0.95, 0.05, 9)
+    x = start(FLOW, 0.95)
+    flow = sample(Problem(data.denoiser(FLOW), FLOW), solver, x, times)
+    rho = [t / (1 - t) for t in times]
+    ve = sample(Problem(data.denoiser(VE), VE), solver, x / FLOW.alpha(times[0]), rho)
+    assert (flow / FLOW.alpha(times[-1]) - ve).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", [*ODE, DDIM(eta=1.0), SDEDPMSolverPP(order=3), SDEDPMSolverPP(eta=2.0)], ids=label)
+def test_from_pure_noise_to_clean(solver, process):
+    """From sigma = 1 (alpha = 0) on flow models and to sigma = 0: finite, and the last step is the prediction."""
+    t_max = 1.0 if process is FLOW else 14.6
+    times = [t_max, *uniform_lambda(process, 0.9 * t_max, 0.03, 6), 0.0]
+    data = GaussianMixture.random()
+    x = start(process, t_max)
+    steps = list(solve(Problem(data.denoiser(process), process, gaussian(x, 3)), solver, x, times))
+    assert len(steps) == len(times) - 1
+    assert all(step.x.isfinite().all() for step in steps)
+    assert torch.equal(steps[-1].x, steps[-1].x0)
+
+
+def affine(solver, process, times, variance):
+    """Mean and variance at times[-1] of a run on scalar Gaussian data N(0.5, variance), exactly.
+
+    The denoiser is affine, so the result is ``a + g_T x_T + sum_k g_k z_k``: read every coefficient off one run each.
+    """
+    mean = 0.5
+    denoise = GaussianMixture.gaussian(mean, variance, d=1).denoiser(process)
+
+    def outcome(x_value, hot):
+        drawn = iter(range(10_000))
+
+        def noise(s, t):
+            return torch.full((1, 1), float(next(drawn) == hot), dtype=torch.float64)
+
+        x = torch.full((1, 1), x_value, dtype=torch.float64)
+        return sample(Problem(denoise, process, noise), solver, x, times).item(), next(drawn)
+
+    offset, draws = outcome(0.0, -1)
+    gain = outcome(1.0, -1)[0] - offset
+    spread = sum((outcome(0.0, k)[0] - offset) ** 2 for k in range(draws))
+    t = times[0]
+    marginal = process.alpha(t) ** 2 * variance + t**2
+    return offset + gain * process.alpha(t) * mean, gain**2 * marginal + spread
+
+
+SDE = [
+    DDIM(eta=1.0),
+    DDIM(eta=0.5),
+    SDEDPMSolverPP(order=1, eta=1.0),
+    SDEDPMSolverPP(order=2, eta=1.0, lower_order_final="never"),
+    SDEDPMSolverPP(order=2, eta=1.0, correction="taylor", lower_order_final="never"),
+    SDEDPMSolverPP(order=3, eta=1.0, lower_order_final="never"),
+]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", SDE, ids=label)
+def test_weak_order_from_exact_moments(solver, process):
+    variance = 0.4
+    t_max, t_min = RANGE[id(process)]
+    exact = process.alpha(t_min) ** 2 * variance + t_min**2
+    errors = []
+    for n in (40, 80):
+        mean, got = affine(solver, process, graded(process, t_max, t_min, n), variance)
+        assert abs(mean - process.alpha(t_min) * 0.5) < 1e-12
+        errors.append(abs(got - exact))
+    assert abs(math.log2(errors[0] / errors[1]) - solver.convergence_order) <= 0.25, errors
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", [*SDE, SDEDPMSolverPP(eta=0.3), SDEDPMSolverPP(order=3, eta=2.0)], ids=label)
+def test_injected_noise_keeps_the_marginal(solver, process):
+    """On a point mass the variance after a stochastic run is exactly sigma_t^2, also from sigma = 1."""
+    t_max, t_min = (1.0, 0.05) if process is FLOW else (14.6, 0.1)
+    mean, got = affine(solver, process, [t_max, 0.6 * t_max, 0.5 * t_max, t_min], variance=0.0)
+    assert abs(got - t_min**2) < 1e-12
+    assert abs(mean - process.alpha(t_min) * 0.5) < 1e-12
+
+
+def test_s_noise_zero_draws_but_adds_nothing():
+    times = uniform_lambda(VE, 10.0, 0.1, 5)
+    quiet = SDEDPMSolverPP(eta=1.0, s_noise=0.0)
+    assert torch.equal(run(quiet, VE, times, gaussian(start(VE, 10.0), 1)), run(quiet, VE, times, gaussian(start(VE, 10.0), 2)))
+
+
+def test_one_call_per_step_inputs_untouched_and_batch_rows_independent():
+    times = [*uniform_lambda(VE, 10.0, 0.1, 6), 0.0]
+    data = GaussianMixture.random()
+    x = start(VE, 10.0, n=3)
+    kept, calls = x.clone(), []
+
+    def denoise(x, t):
+        calls.append(t)
+        return data.denoiser(VE)(x, t)
+
+    for solver in ODE:
+        calls.clear()
+        together = sample(Problem(denoise, VE), solver, x, times)
+        assert calls == times[:-1]
+        assert torch.equal(x, kept)
+        alone = torch.cat([sample(Problem(data.denoiser(VE), VE), solver, row[None], times) for row in x])
+        assert (together - alone).abs().max() < 1e-12
+
+
+def test_phi_and_weights():
+    for z in (-30.0, -3.0, -1.0, -1e-3, 0.0, 1e-6, 0.7, 4.0):
+        assert phi(0, z) == pytest.approx(math.exp(z), rel=1e-13)
+        for k in (1, 2, 3, 4):
+            u, w = np.polynomial.legendre.leggauss(60)
+            u, w = (u + 1) / 2, w / 2
+            integral = (w * np.exp((1 - u) * z) * u ** (k - 1)).sum() / math.factorial(k - 1)
+            assert phi(k, z) == pytest.approx(integral, rel=1e-11)
+    M = moments(3, 0.8)
+    w = weights([0.0, -0.7, -1.9], M)
+    assert sum(w) == pytest.approx(-math.expm1(-0.8), rel=1e-12)
+    assert sum(a * u**2 for a, u in zip(w, [0.0, -0.7, -1.9], strict=True)) == pytest.approx(M[2], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        ([1.0, 2.0, 0.0], "must decrease"),
+        ([1.0, 1.0, 0.0], "must decrease"),
+        ([2.0, float("nan"), 0.0], "finite"),
+        ([float("inf"), 1.0], "finite"),
+        ([1.0, -0.5], "negative"),
+    ],
+)
+def test_bad_times_are_refused_before_any_call(times, words):
+    def never(x, t):
+        raise AssertionError("network called")
+
+    with pytest.raises(ValueError, match=words):
+        sample(Problem(never, VE), DDIM(), torch.zeros(1, 1), times)
+
+
+def test_flow_sigma_above_one_is_refused():
+    with pytest.raises(ValueError, match="flow model"):
+        sample(Problem(lambda x, t: x, FLOW), DDIM(), torch.zeros(1, 1), [1.5, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DDIM(eta=1.5), "eta = 1.5 must lie between 0.0 and 1.0"),
+        (lambda: DDIM(eta=float("nan")), "finite number"),
+        (lambda: DDIM(eta="a"), "finite number"),
+        (lambda: DPMSolverPP(order=4), "order = 4 must lie between 1 and 3"),
+        (lambda: DPMSolverPP(order=2.0), "whole number"),
+        (lambda: DPMSolverPP(correction="euler"), "not one of midpoint, taylor"),
+    ],
+)
+def test_bad_settings_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_brownian_noise_is_one_path():
+    x = torch.zeros(2, 3, 4)
+    w = brownian(x, seed=5, t_max=10.0, t_min=0.1)
+    whole = w(8.0, 2.0) * math.sqrt(6.0)
+    parts = w(8.0, 5.0) * math.sqrt(3.0) + w(5.0, 2.0) * math.sqrt(3.0)
+    assert (whole - parts).abs().max() < 1e-5
+    assert torch.equal(w(8.0, 2.0), brownian(x, seed=5, t_max=10.0, t_min=0.1)(8.0, 2.0))
+    assert not torch.equal(whole[0], whole[1])
+    big = brownian(torch.zeros(1, 20_000), seed=1, t_max=10.0, t_min=0.1)(9.0, 1.0)
+    assert abs(big.mean()) < 0.03 and abs(big.std() - 1) < 0.03
+
+
+def test_empty_and_single_time_return_x():
+    x = torch.ones(1, 2)
+    for times in ([], [3.0]):
+        assert torch.equal(sample(Problem(lambda x, t: 1 / 0, VE), DDIM(), x, times), x)
