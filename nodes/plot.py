@@ -41,7 +41,9 @@ def line_plot(
     lines = [(label, *_visible(label, xs, ys, log_x, log_y)) for label, xs, ys in series]
     every_x, every_y = (np.concatenate([line[i] for line in lines] or [np.empty(0)]) for i in (1, 2))
     if len(every_x) == 0:
-        raise ValueError(f"There is nothing to draw in the plot '{title}': no point has finite coordinates its axes can show.")
+        raise ValueError(
+            f"There is nothing to draw in the plot '{title}': no point has finite coordinates its axes can show."
+        )
 
     s = _OVERSAMPLING
     width, height = size[0] * s, size[1] * s
@@ -211,7 +213,9 @@ def _legend(draw: ImageDraw.ImageDraw, labels: list[str], points: list[tuple[flo
     height = 12 * s + line * len(labels)
     left, top, right, bottom = frame
     corners = [(x, y) for y in (top + 8 * s, bottom - height - 8 * s) for x in (right - width - 8 * s, left + 8 * s)]
-    x, y = min(corners, key=lambda c: sum(c[0] <= px <= c[0] + width and c[1] <= py <= c[1] + height for px, py in points))
+    x, y = min(
+        corners, key=lambda c: sum(c[0] <= px <= c[0] + width and c[1] <= py <= c[1] + height for px, py in points)
+    )
     draw.rectangle([x, y, x + width, y + height], fill=_PAPER, outline="#b0b0b0", width=s)
     for i, label in enumerate(labels):
         middle = y + 6 * s + line * i + line // 2
