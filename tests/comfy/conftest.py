@@ -1,7 +1,7 @@
 """A real ComfyUI inside the test process: ``import comfy``, ``comfy_api`` and ``quickstep_under_test.nodes`` work here.
 
-``COMFYUI_PATH`` names it; ``make test`` sets it. Without it these tests fail, they never skip. They run on the CPU unless
-``QUICKSTEP_DEVICE`` says otherwise, and ComfyUI reads and writes in a temporary folder only.
+``COMFYUI_PATH`` names it; ``make test`` sets it. Without it these tests fail, they never skip. They run on the CPU
+unless ``QUICKSTEP_DEVICE`` says otherwise, and ComfyUI reads and writes in a temporary folder only.
 """
 
 import atexit
