@@ -5,7 +5,7 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """Called once by ComfyUI. Nothing of the pack, and no torch, is imported before."""
-    from .nodes import QuickstepExtension
+    from .nodes.entry import QuickstepExtension
 
     return QuickstepExtension()
 

@@ -1,16 +1,1 @@
 """Everything that says "comfy": no arithmetic here, only translation."""
-
-from __future__ import annotations
-
-from comfy_api.latest import ComfyExtension, io
-
-from . import accelerators, compare, demo, samplers, schedules
-
-MODULES = (samplers, schedules, accelerators, compare, demo)
-
-
-class QuickstepExtension(ComfyExtension):
-    """The pack, as ComfyUI asks for it."""
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [node for module in MODULES for node in module.NODES]
