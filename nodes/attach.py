@@ -8,15 +8,20 @@ see each other's state, and putting the same accelerator on again replaces it.
 from __future__ import annotations
 
 import logging
+import math
 
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
+from ..solvers.caching.accelerator import Accelerator, Session
 from ..solvers.report import Ledger, Meter
+from . import unet
 
 MEASURE = "quickstep.measure"
 FORWARD = "quickstep.forward"
+SITES = {"unet": unet.deepcache}
+"""For each ``Accelerator.site``: (model, accelerator, key, FORWARD) -> wrappers, or ``ValueError``."""
 
 log = logging.getLogger("quickstep")
 
@@ -84,9 +89,81 @@ def _measured_call(executor, x, timestep, model_options, *args, **kwargs):
         return executor(x, timestep, model_options, *args, **kwargs)
 
 
-def _measured_forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+def _measured_forward(
+    executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs
+):
     options = dict(transformer_options or {})
     meter = options.get(MEASURE)
     if meter is not None:
         options[FORWARD] = meter.forward(x.numel())
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def attach(model, accelerator: Accelerator):
+    """A clone of ``model`` that is sampled with ``accelerator``, and measured.
+
+    The same kind of accelerator put on before is replaced. Raises ``ValueError`` in one sentence where the accelerator
+    cannot work on this model.
+    """
+    key = key_of(accelerator)
+    _refuse_compiled(model.wrappers, accelerator.title)
+    site = SITES[accelerator.site](model, accelerator, key, FORWARD)
+    clone = detach(measure(model), accelerator)
+
+    def run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        options = guider.model_options["transformer_options"]
+        _refuse_compiled(options.get("wrappers", {}), accelerator.title)
+        meter = meter_of(guider.model_options)
+        if "adaptive" in sampler_name(sampler):
+            # It compares stages of a step to choose the next; kept features would look like a step that went well.
+            if meter is not None:
+                meter.note(f"{accelerator.title} is off: the sampler chooses its steps by comparing network calls")
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        session = accelerator.start(sigmas.tolist(), _window(guider.model_patcher, accelerator))
+        options[key] = session
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            options.pop(key, None)
+            if meter is not None:
+                meter.held(key, session.store.peak)
+            session.close()
+
+    def call(executor, x, timestep, model_options, *args, **kwargs):
+        session: Session | None = model_options.get("transformer_options", {}).get(key)
+        if session is None:
+            return executor(x, timestep, model_options, *args, **kwargs)
+        with session.call(float(timestep.max())):
+            return executor(x, timestep, model_options, *args, **kwargs)
+
+    for kind, wrapper in {WrappersMP.OUTER_SAMPLE: run, WrappersMP.PREDICT_NOISE: call, **site}.items():
+        clone.add_wrapper_with_key(kind, key, wrapper)
+    return clone
+
+
+def detach(model, accelerator: Accelerator):
+    """A clone of ``model`` without this kind of accelerator, whatever its settings. It stays measured."""
+    clone = model.clone()
+    for kind in list(clone.wrappers):
+        clone.remove_wrappers_with_key(kind, key_of(accelerator))
+    return clone
+
+
+def key_of(accelerator: Accelerator) -> str:
+    """The key of this kind of accelerator among wrappers and in ``transformer_options``."""
+    return f"quickstep.{accelerator.id}"
+
+
+def _window(model, accelerator: Accelerator) -> tuple[float, float]:
+    """The sigmas between which the accelerator may work, by the model's own percentages."""
+    sampling = model.get_model_object("model_sampling")
+    start, end = accelerator.percents
+    # A flow model's percentage 0 is sigma 1; what a sampler adds to it (churn) is still the beginning.
+    return math.inf if start <= 0.0 else float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+
+
+def _refuse_compiled(wrappers: dict, title: str) -> None:
+    # The compiler would run the wrapper once and freeze what it decided into the graph.
+    if wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile"):
+        raise ValueError(f"{title} decides anew in every network call, which torch.compile cannot; use one of the two.")
