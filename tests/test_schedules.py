@@ -1,7 +1,9 @@
 """Closed-form schedules: counts and ends everywhere, identities between them, the published numbers, every sentence."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from quickstep_under_test.solvers.schedules import (
     KarrasSchedule,
     LinearQuadraticSchedule,
     PolyexponentialSchedule,
+    Schedule,
     UniformSchedule,
     times,
 )
@@ -121,6 +124,11 @@ def test_polyexponential_with_rho_one_is_exponential(process):
     )
 
 
+def test_polyexponential_is_a_power_curve_in_log_sigma():
+    share = np.log(over(PolyexponentialSchedule(rho=2.0))[:-1] / SD.t_min) / np.log(SD.t_max / SD.t_min)
+    np.testing.assert_allclose(share, (1 - np.arange(12) / 11) ** 2, atol=1e-12)
+
+
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_exponential_is_uniform_in_log_snr(process):
     steps = np.diff(process.lams(over(ExponentialSchedule(), process)[1:-1]))
@@ -182,7 +190,12 @@ def test_beta_of_a_half_is_the_arcsine_law():
 def test_beta_spreads_crowded_nodes_only():
     mild, crowded = (SD.u_of_t(over(BetaSchedule(alpha=a, beta=a), n=50)[:-1]) for a in (0.6, 0.1))
     np.testing.assert_allclose(mild, beta.ppf(1 - np.arange(50) / 50, 0.6, 0.6), atol=1e-9)
-    assert (-np.diff(crowded)).min() > 0.5 * 0.01 / 50
+    assert 0.5 * 0.01 / 50 < (-np.diff(crowded)).min() < 0.01 / 50
+
+
+def test_beta_with_alpha_one_is_a_power_law():
+    q = SD.u_of_t(over(BetaSchedule(alpha=1.0, beta=2.0), n=10)[:-1])
+    np.testing.assert_allclose(q, 1 - np.sqrt(np.arange(10) / 10), atol=1e-9)
 
 
 def test_cosine_is_a_uniform_angle():
@@ -313,6 +326,22 @@ def test_a_wrong_request_gets_one_sentence(schedule, process, t_max, t_min, n, s
 def test_settings_that_cannot_work_get_one_sentence(schedule, process, n, sentence):
     with pytest.raises(ValueError, match=sentence):
         over(schedule, process, n)
+
+
+@pytest.mark.parametrize(
+    "nodes", [[20.0, 1.0, 0.1], [14.0, 1.0], [14.0, 1.0, 1.0], [14.0, math.nan, 0.1], [1.0, 0.1, 0.0]]
+)
+def test_no_rule_gets_away_with_times_that_are_none(nodes):
+    @dataclass(frozen=True)
+    class Rogue(Schedule):
+        title: ClassVar[str] = "Rogue"
+        shift: float = 1.0
+
+        def nodes(self, process, t_max, t_min, n):
+            return np.array(nodes)
+
+    with pytest.raises(ValueError, match=r"^Rogue: 3 steps with these settings do not give 3 different sigmas"):
+        Rogue()(SD, SD.t_max, SD.t_min, 3)
 
 
 def test_parameters_out_of_bounds_are_refused():

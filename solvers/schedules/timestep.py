@@ -81,10 +81,7 @@ class BetaSchedule(Schedule):
 
 def _spread(q: np.ndarray, gap: float) -> np.ndarray:
     """q, falling from 1 and then to 0, with every step at least about ``gap`` long; as it is if that holds."""
-    steps = -np.diff(q, append=0.0)
-    if steps.min() >= gap:
-        return q
-    steps = np.maximum(steps, gap)
+    steps = np.maximum(-np.diff(q, append=0.0), gap)
     return 1.0 - np.append(0.0, np.cumsum(steps)[:-1]) / steps.sum()
 
 
