@@ -34,13 +34,13 @@ def brownian(x: torch.Tensor, seed: int, t_max: float, t_min: float) -> Noise:
     """
     from torchsde import BrownianTree  # ComfyUI brings it; imported here since few runs need it
 
-    low, high = torch.tensor(float(t_min), dtype=torch.float64), torch.tensor(float(t_max), dtype=torch.float64)
+    # A little wider than asked: torchsde compares the ends in single precision.
+    low, high = (torch.tensor(t, dtype=torch.float64) for t in (t_min * (1 - 1e-6), t_max * (1 + 1e-6)))
     trees = [BrownianTree(low, torch.zeros_like(row), high, entropy=(seed + i) % 2**31) for i, row in enumerate(x)]
 
     def noise(s: float, t: float) -> torch.Tensor:
-        lower, upper = max(min(s, t), float(low)), min(max(s, t), float(high))
-        a, b = torch.tensor(lower, dtype=torch.float64), torch.tensor(upper, dtype=torch.float64)
-        return torch.stack([tree(a, b) for tree in trees]).to(x) / math.sqrt(upper - lower)
+        a, b = torch.tensor(t, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
+        return torch.stack([tree(a, b) for tree in trees]).to(x) / math.sqrt(s - t)
 
     return noise
 
