@@ -78,9 +78,9 @@ def randomize(network: torch.nn.Module, seed: int = 0) -> None:
                 p.fill_(1.0)
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.05)
-        for b in network.buffers():
-            if b.is_floating_point() and not torch.isfinite(b).all():
-                b.zero_()
+        for name, b in network.named_buffers():
+            if name.endswith("pos_embed"):  # SD3's comes with the checkpoint; until then it is unset memory
+                b.copy_(torch.randn(b.shape, generator=generator) * 0.02)
 
 
 def build(family, config: dict, seed: int = 0, **over):
@@ -175,7 +175,7 @@ def conditioning(seed: int = 1, width: int = 64, tokens: int = 8, pooled: int | 
     return [[torch.randn(1, tokens, width, generator=generator), options]]
 
 
-def latent(batch: int = 1, channels: int = 4, size: int = 16) -> torch.Tensor:
+def latent(batch: int = 1, channels: int = 4, size: int = 8) -> torch.Tensor:
     return torch.zeros(batch, channels, size, size)
 
 
