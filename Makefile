@@ -8,10 +8,10 @@ PORT ?= 8188
 .PHONY: demo serve test test-matrix lint bench docs train-demo clean
 
 demo:         ## pictures and the comparison table, into output/
-	@$(BED) run python demo/run.py
+	@$(BED) run python -m demo.run $(ARGS)
 
 serve:        ## the real interface on http://127.0.0.1:8188 (PORT=...), with the pack and its demo model
-	@$(BED) run python demo/server.py $(PORT)
+	@$(BED) run python -m demo.server $(PORT)
 
 test:         ## all tests; ARGS="tests/solvers -k ddim" for some
 	@$(BED) --tests run pytest $(ARGS)
