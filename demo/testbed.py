@@ -52,10 +52,10 @@ def cache() -> Path:
 
 
 @contextlib.contextmanager
-def locked():
-    """One preparation at a time: a second one waits for the first. The system drops the lock if we die."""
+def locked(what: str):
+    """One preparation of ``what`` at a time: a second one waits for the first. The system drops the lock if we die."""
     cache().mkdir(parents=True, exist_ok=True)
-    with open(cache() / "lock", "w") as file:
+    with open(cache() / f"{what}.lock", "w") as file:
         try:
             import fcntl
         except ImportError:  # Windows
@@ -64,7 +64,7 @@ def locked():
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another run is preparing the test bed; waiting for it")
+            say(f"another run is preparing {what}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -248,7 +248,7 @@ def prepare(tests: bool = False) -> tuple[Environment, Path]:
     check_python()
     own = users_comfyui()
     environment = Environment("venv")
-    with locked():
+    with locked("venv"):
         state = environment.state()
         if state is None or "comfyui" not in state["layers"]:
             check_disk(8 * GB)
@@ -270,7 +270,7 @@ def prepare(tests: bool = False) -> tuple[Environment, Path]:
 def prepare_release(version: str, base: Environment) -> tuple[Environment, Path]:
     """Another release: its source, and an environment that holds only where its requirements differ from ``base``."""
     environment = Environment(f"venv-{version}", on_top_of=base)
-    with locked():
+    with locked(environment.path.name):
         try:
             environment.create()
             source = download_comfyui(version, base.python)
@@ -286,7 +286,7 @@ def comfy_cli() -> Path:
     """The registry's own command line tool, in an environment of its own: its requirements are not ComfyUI's."""
     check_python()
     environment = Environment("venv-comfy-cli")
-    with locked():
+    with locked(environment.path.name):
         try:
             environment.create()
             environment.install("comfy-cli", [COMFY_CLI], COMFY_CLI)
@@ -303,7 +303,7 @@ def browser() -> tuple[str, str, Path]:
         chromium = os.environ.get("QUICKSTEP_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
         return shutil.which("node"), shutil.which("npm"), chromium
 
-    with locked():
+    with locked("browser"):
         missing = [name for name, path in zip(("nodejs", "npm", "chromium"), find(), strict=True) if not path]
         if missing:
             packages = " ".join(missing)

@@ -1,0 +1,147 @@
+"""Help pages and the README's method table, from docstrings, parameters and schemas: ``make docs``.
+
+A page is ``web/docs/<node id>.md``, where ComfyUI looks for it. A test fails when what is written differs from what
+this makes. Run as a program it needs ``COMFYUI_PATH``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "web" / "docs"
+BEGIN, END = "<!-- methods: made by `make docs` -->", "<!-- /methods -->"
+
+
+def page(node) -> str:
+    """The help page of a node class, as Markdown."""
+    schema = node.GET_SCHEMA()
+    method = getattr(node, "METHOD", None)
+    parts = [f"# {schema.display_name}", inspect.cleandoc(node.__doc__ or schema.description)]
+    if schema.inputs:
+        rows = [row for item in schema.inputs for row in input_rows(item)]
+        parts.append("## Inputs\n\n" + table(("name", "type", "default", "allowed", "what it does"), rows))
+    if schema.outputs:
+        rows = [(f"`{o.display_name or o.io_type}`", o.io_type, o.tooltip or "") for o in schema.outputs]
+        titles = ("name", "type", "what it is") if any(row[2] for row in rows) else ("name", "type")
+        parts.append("## Outputs\n\n" + table(titles, [row[: len(titles)] for row in rows]))
+    if method is not None and method.paper:
+        parts.append(f"## Paper\n\n{linked(method.paper)}")
+    parts.append(f"Node `{schema.node_id}`, category {schema.category}, source `{source(method or node)}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def input_rows(item) -> list[tuple[str, ...]]:
+    """The table rows of one input."""
+    declared = item.as_dict()
+    tooltip, name = item.tooltip, f"`{item.id}`"
+    template = getattr(item, "template", None)
+    if template is not None:  # Autogrow
+        declared, tooltip = template.input.as_dict(), item.tooltip or template.input.tooltip
+        name, kind = f"{name} ...", f"{template.input.get_io_type()}, {template.min} or more"
+    else:
+        kind = "choice" if "options" in declared else item.get_io_type().lower()
+        kind = kind if kind in ("choice", "int", "float", "boolean", "string") else item.get_io_type()
+    if item.optional:
+        kind += ", optional"
+    allowed = ""
+    if "options" in declared:
+        allowed = ", ".join(f"`{option}`" for option in declared["options"])
+    elif "min" in declared or "max" in declared:
+        allowed = f"{number(declared.get('min', ''))} to {number(declared.get('max', ''))}"
+    default = declared.get("default", "")
+    if "options" in declared and default == "":
+        default = declared["options"][0]
+    return [(name, kind, f"`{number(default)}`" if default != "" else "", allowed, tooltip or "")]
+
+
+def number(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def linked(paper: str) -> str:
+    """arXiv ids become links."""
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", r"[\g<0>](https://arxiv.org/abs/\1)", paper)
+
+
+def source(thing: type) -> str:
+    file = Path(inspect.getsourcefile(inspect.unwrap(thing)))
+    return file.resolve().relative_to(ROOT).as_posix()
+
+
+def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(
+        "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in lines
+    )
+
+
+def methods(nodes: list) -> str:
+    """The README's table of methods, one row per node derived from one."""
+    rows = []
+    for node in nodes:
+        method = getattr(node, "METHOD", None)
+        if method is None:
+            continue
+        schema = node.GET_SCHEMA()
+        help = f"[{method.title}](web/docs/{schema.node_id}.md)"
+        rows.append((schema.category.split("/")[1], help, summary(method), costs(method), linked(method.paper)))
+    return table(("kind", "node", "what it is", "calls per step, order", "paper"), rows)
+
+
+def summary(method: type) -> str:
+    return " ".join(inspect.cleandoc(method.__doc__).split("\n\n")[0].split())
+
+
+def costs(method: type) -> str:
+    """Network calls per step and convergence order over all choices of ``order``; empty for what is no solver."""
+    if not hasattr(method, "convergence_order"):
+        return ""
+    made = [method()]
+    for field in dataclasses.fields(method):
+        if field.name == "order":
+            declared = field.metadata["quickstep.param"]
+            made = [method(order=order) for order in range(declared["min"], declared["max"] + 1)]
+    orders = sorted({solver.convergence_order for solver in made})
+    return f"{made[0].calls}, order {orders[0]}" + (f" to {orders[-1]}" if len(orders) > 1 else "")
+
+
+def with_methods(readme: str, nodes: list) -> str:
+    """The README with its table brought up to date; unchanged without the two comments that enclose it."""
+    if BEGIN not in readme or END not in readme:
+        return readme
+    before, rest = readme.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{methods(nodes)}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main(nodes: list) -> None:
+    PAGES.mkdir(parents=True, exist_ok=True)
+    wanted = {f"{node.GET_SCHEMA().node_id}.md": page(node) for node in nodes}
+    for stale in {path.name for path in PAGES.glob("Quickstep_*.md")} - wanted.keys():
+        (PAGES / stale).unlink()
+    for name, text in wanted.items():
+        (PAGES / name).write_text(text, encoding="utf-8")
+    readme = ROOT / "README.md"
+    if readme.is_file():
+        readme.write_text(with_methods(readme.read_text(encoding="utf-8"), nodes), encoding="utf-8")
+    print(f"{len(wanted)} help pages in {PAGES.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.path[0] = os.environ["COMFYUI_PATH"]
+    from comfy.cli_args import args
+
+    args.cpu = True
+    package = types.ModuleType("quickstep")
+    package.__path__ = [str(ROOT)]
+    sys.modules["quickstep"] = package
+    from quickstep.nodes import entry
+
+    main([node for module in entry.MODULES for node in module.NODES])
