@@ -74,7 +74,7 @@ def line_plot(
         points = [(x_of(x), y_of(y)) for x, y in zip(xs, ys, strict=True)]
         colour = COLORS[i % len(COLORS)]
         if len(points) > 1:
-            draw.line(points, fill=colour, width=5 * s // 2, joint="curve")
+            draw.line(points, fill=colour, width=3 * s, joint="curve")
         if len(points) <= 60:
             for x, y in points:
                 draw.ellipse([x - 4 * s, y - 4 * s, x + 4 * s, y + 4 * s], fill=colour)

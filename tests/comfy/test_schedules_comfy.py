@@ -211,14 +211,33 @@ def drawn(curves, show="sigma", process=None):
     return np.asarray(nodes.schedule_plot(curves, show, process))
 
 
+def coloured(picture, i):
+    """Where the picture has colour i."""
+    rgb = [int(nodes.plot.COLORS[i][k : k + 2], 16) for k in (1, 3, 5)]
+    return np.abs(picture.astype(int) - rgb).max(-1) < 8
+
+
 def test_a_plot_shows_each_schedule_in_its_colour():
     curves = {"a": [10.0, 1.0, 0.1, 0.0], "b": [10.0, 3.0, 1.0, 0.0], "c": [5.0, 4.0, 0.1, 0.0]}
     for n in (1, 2, 3):
         picture = drawn(dict(list(curves.items())[:n]))
         assert picture.shape == (600, 960, 3)
-        for i, colour in enumerate(nodes.plot.COLORS[:3]):
-            rgb = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
-            assert (np.abs(picture.astype(int) - rgb).max(-1) < 8).any() == (i < n)
+        for i in range(3):
+            assert (coloured(picture, i).sum() > 500) == (i < n)  # a legend entry has 80 pixels
+
+
+def test_sigma_has_a_logarithmic_axis_where_it_exceeds_one():
+    def bend(sigmas):
+        """How far the middle of the curve lies below the line through its ends, as a share of its height."""
+        picture = coloured(drawn({"": sigmas}), 0)
+        columns = np.flatnonzero(picture.any(0))
+        first, middle, last = (
+            np.flatnonzero(picture[:, c]).mean() for c in np.quantile(columns, (0, 0.5, 1)).astype(int)
+        )
+        return (middle - (first + last) / 2) / (last - first)
+
+    assert abs(bend([16.0, 4.0, 1.0, 0.25, 0.0625])) < 0.03
+    assert bend([1.0, 0.25, 0.0625, 0.015625, 0.00390625]) > 0.2
 
 
 def test_lambda_is_drawn_with_the_model_and_refused_without():
@@ -255,10 +274,10 @@ def test_a_picture_survives_the_way_to_image_and_back():
 
 
 def test_a_grid_holds_every_picture_unsmoothed():
-    red, blue = (Image.new("RGB", (3, 3), c) for c in ((200, 0, 0), (0, 0, 200)))
-    sheet = np.asarray(nodes.plot.picture_grid([("first", [red, blue]), ("second", [blue])], "All", cell=30))
-    assert (sheet == (200, 0, 0)).all(-1).sum() == 900
-    assert (sheet == (0, 0, 200)).all(-1).sum() == 1800
+    picture = Image.new("RGB", (2, 2), (200, 0, 0))
+    picture.paste((0, 0, 200), (1, 0, 2, 2))
+    sheet = np.asarray(nodes.plot.picture_grid([("first", [picture, picture]), ("second", [picture])], "All", cell=30))
+    assert (sheet == (200, 0, 0)).all(-1).sum() == (sheet == (0, 0, 200)).all(-1).sum() == 3 * 15 * 30
     with pytest.raises(ValueError, match=r"^There are no pictures"):
         nodes.plot.picture_grid([("empty", [])])
 
