@@ -1,0 +1,148 @@
+"""DeepCache on a UNet of Stable Diffusion 1.5's real size: seconds, arithmetic and memory, with it and without.
+
+    COMFYUI_PATH=... python benchmarks/deepcache_sd15.py [--size 64] [--steps 6] [--batch 1] [--cfg 1] [--repeats 1]
+
+The weights are random (speed does not depend on them), fp32, on the CPU unless ``--device cuda``. In every repeat the
+uncached run comes first and last and the cached ones between, so that a machine that gets slower or faster does so for
+both; a speedup is a ratio within one repeat, the table has the median. The arithmetic is counted by torch in one full
+and one partial network pass; ``expected`` is the speedup that follows from it alone, for the calls that were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", type=int, default=64, help="latent height and width (64 is a 512 x 512 picture)")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--cfg", type=float, default=1.0, help="1 makes one network row per picture, more makes two")
+    parser.add_argument("--depth", type=int, default=-1)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args()
+
+
+def imports(device: str):
+    """ComfyUI and this pack, the latter as a package without running its ``__init__``."""
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    from comfy.cli_args import args
+
+    args.cpu = device == "cpu"
+    package = types.ModuleType("quickstep_benchmark")
+    package.__path__ = [str(ROOT)]
+    sys.modules[package.__name__] = package
+
+
+def main() -> None:
+    given = arguments()
+    imports(given.device)
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.samplers
+    import comfy.supported_models
+    import torch
+    from quickstep_benchmark.nodes import attach
+    from quickstep_benchmark.solvers.caching.deepcache import DeepCache
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    family = comfy.supported_models.SD15(
+        {
+            "image_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 320,
+            "channel_mult": [1, 2, 4, 4],
+            "num_res_blocks": [2, 2, 2, 2],
+            "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+            "transformer_depth_middle": 1,
+            "use_spatial_transformer": True,
+            "context_dim": 768,
+            "legacy": False,
+            "use_linear_in_transformer": False,
+            "adm_in_channels": None,
+            "use_temporal_resblock": False,
+            "use_temporal_attention": False,
+        }
+    )
+    family.unet_config.update(num_heads=8, num_head_channels=-1)
+    family.set_inference_dtype(torch.float32, None)
+    network = family.get_model({}, "", device="cpu")
+    pattern = torch.randn(2**20)  # drawing 860 million numbers takes longer than a run
+    with torch.no_grad():
+        for name, p in network.diffusion_model.named_parameters():
+            if p.ndim >= 2:
+                tiled = pattern.repeat(-(-p.numel() // len(pattern)))[: p.numel()]
+                p.copy_(tiled.view_as(p) * 0.7 / p[0].numel() ** 0.5)
+            else:
+                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    device = comfy.model_management.get_torch_device()
+    model = comfy.model_patcher.CoreModelPatcher(network, load_device=device, offload_device=torch.device("cpu"))
+    positive, negative = ([[torch.randn(1, 77, 768), {}]] for _ in range(2))
+    latent = torch.zeros(given.batch, 4, given.size, given.size)
+    noise = torch.randn(latent.shape)
+
+    def run(model, steps=given.steps):
+        """The report of one run."""
+        with torch.inference_mode():
+            ks = comfy.samplers.KSampler(model, steps, device, "euler", "normal", None, model.model_options)
+            ks.sample(noise, positive, negative, given.cfg, latent_image=latent, disable_pbar=True, seed=0)
+        return attach.ledger_of(model).runs[-1]
+
+    def flops(model, steps):
+        with FlopCounterMode(display=False) as counter:
+            run(model, steps)
+        return counter.get_total_flops()
+
+    print(
+        f"SD 1.5 UNet, {sum(p.numel() for p in network.parameters()) / 1e6:.0f} M weights, fp32, "
+        f"{torch.cuda.get_device_name() if given.device == 'cuda' else f'{given.threads} CPU threads'}, latent "
+        f"{given.size} x {given.size}, batch {given.batch}, CFG {given.cfg:g}, Euler, {given.steps} steps, warm-up "
+        f"{given.warmup}, torch {torch.__version__}\n",
+        flush=True,
+    )
+    plain = attach.measure(model)
+    one = flops(plain, 1)
+    pair = attach.attach(model, DeepCache(interval=2, depth=given.depth, warmup=1))
+    fraction = flops(pair, 2) / one - 1  # a full and a partial call
+    print(f"One call: {one / 1e9:.0f} GFLOP; a partial call is {100 * fraction:.1f}% of it.\n", flush=True)
+
+    models = {
+        n: attach.attach(model, DeepCache(interval=n, depth=given.depth, warmup=given.warmup)) for n in given.intervals
+    }
+    ratios = {n: [] for n in models}
+    for repeat in range(given.repeats):
+        order = list(models) if repeat % 2 == 0 else list(models)[::-1]
+        before = run(plain)
+        reports = {n: run(models[n]) for n in order}
+        seconds = (before.seconds + run(plain).seconds) / 2
+        for n, report in reports.items():
+            ratios[n].append(seconds / report.seconds)
+    print(f"Uncached: {seconds:.2f} s.\n")
+    print("| interval | full + partial calls | seconds | speedup | expected | work, counted | work, reported | cache |")
+    print("|---|---|---|---|---|---|---|---|")
+    for n, report in reports.items():
+        done = (report.full + report.partial * fraction) / report.calls
+        print(
+            f"| {n} | {report.full} + {report.partial} | {report.seconds:.2f} | {statistics.median(ratios[n]):.2f} "
+            f"| {1 / done:.2f} | {100 * done:.1f}% | {100 * report.work:.1f}% | {report.cache_bytes / 2**20:.1f} MB |"
+        )
+
+
+if __name__ == "__main__":
+    main()
