@@ -31,13 +31,30 @@ class Graph(dict):
         return self
 
 
-def demo(network: str = "unet", prompt: str = PROMPT, seed: int = 1, batch: int = 4, cfg: float = 3.0) -> Graph:
-    """From the same noise: the converged reference, dpmpp_2m, Quickstep, and Quickstep with DeepCache on a UNet."""
-    g = Graph()
+def _inputs(g: Graph, network: str, prompt: str, batch: int) -> tuple[str, dict, tuple]:
+    """The demo model, the two prompts and an empty latent, as every sampler of the standard graph takes them."""
     model = g.add("Quickstep_DemoModel", network=network)
     positive = g.add("CLIPTextEncode", text=prompt, clip=(model, 1))
     negative = g.add("CLIPTextEncode", text="", clip=(model, 1))
     latent = g.add("EmptyLatentImage", width=32, height=32, batch_size=batch)
+    return model, {"positive": (positive, 0), "negative": (negative, 0)}, (latent, 0)
+
+
+def plain(network: str = "unet", prompt: str = PROMPT, seed: int = 1, steps: int = 20) -> Graph:
+    """ComfyUI's standard graph, its model going through DeepCache if it is a UNet."""
+    g = Graph()
+    model, prompts, latent = _inputs(g, network, prompt, 1)
+    link = (g.add("Quickstep_DeepCache", model=(model, 0)), 0) if network != "dit" else (model, 0)
+    sampled = g.add("KSampler", model=link, latent_image=latent, **prompts, seed=seed, steps=steps, cfg=3.0)
+    decoded = g.add("VAEDecode", samples=(sampled, 0), vae=(model, 2))
+    g.add("SaveImage", PICTURES, images=(decoded, 0), filename_prefix="quickstep")
+    return g
+
+
+def demo(network="unet", prompt=PROMPT, seed=1, batch=4, cfg=3.0, reference_steps=50) -> Graph:
+    """From the same noise: the converged reference, dpmpp_2m, Quickstep, and Quickstep with DeepCache on a UNet."""
+    g = Graph()
+    model, prompts, latent = _inputs(g, network, prompt, batch)
     karras = g.add("Quickstep_KarrasSchedule", model=(model, 0), steps=STEPS)
     lam = g.add("Quickstep_CosineSchedule", model=(model, 0), steps=STEPS)
     stock = g.add("KSamplerSelect", sampler_name="dpmpp_2m")
@@ -53,8 +70,9 @@ def demo(network: str = "unet", prompt: str = PROMPT, seed: int = 1, batch: int 
         f"candidates.candidate{i}": (g.add("Quickstep_Candidate", **contender), 0)
         for i, contender in enumerate(contenders)
     }
-    shared = dict(model=(model, 0), positive=(positive, 0), negative=(negative, 0), latent=(latent, 0), vae=(model, 2))
-    compare = g.add("Quickstep_Compare", **shared, seed=seed, cfg=cfg, reference_steps=100, repeats=1, **candidates)
+    shared = dict(model=(model, 0), latent=latent, vae=(model, 2), **prompts)
+    settings = dict(seed=seed, cfg=cfg, reference_steps=reference_steps)
+    compare = g.add("Quickstep_Compare", **shared, **settings, **candidates)
     g.add("SaveImage", PICTURES, images=(compare, 0), filename_prefix="quickstep_demo")
     g.add("SaveImage", PLOT, images=(compare, 1), filename_prefix="quickstep_demo_plot")
     g.add("PreviewAny", TABLE, source=(compare, 2))

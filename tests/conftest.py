@@ -4,6 +4,8 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "quickstep_under_test"
 
@@ -11,3 +13,17 @@ if PACKAGE not in sys.modules:
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(ROOT)]
     sys.modules[PACKAGE] = package
+
+
+@pytest.fixture(scope="session")
+def server():
+    """The one real ComfyUI server of the session, with the pack in it. Fails, never skips, without COMFYUI_PATH."""
+    from quickstep_under_test.demo.server import Server
+
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def object_info(server):
+    return server.object_info()
