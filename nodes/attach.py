@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
@@ -20,7 +21,7 @@ from . import unet
 
 MEASURE = "quickstep.measure"
 FORWARD = "quickstep.forward"
-SITES = {"unet": unet.deepcache}
+SITES: dict[str, Callable] = {"unet": unet.deepcache}
 """For each ``Accelerator.site``: (model, accelerator, key, FORWARD) -> wrappers, or ``ValueError``."""
 
 log = logging.getLogger("quickstep")

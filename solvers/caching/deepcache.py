@@ -37,7 +37,8 @@ def nonuniform(steps: int, interval: int, center: float, power: float) -> list[i
     """
     wanted = math.ceil(steps / interval)
     ends = np.array([0.0, steps]) - center
-    u = np.linspace(*(np.sign(ends) * np.abs(ends) ** (1 / power)), wanted + 1)[:-1]
+    low, high = np.sign(ends) * np.abs(ends) ** (1 / power)
+    u = np.linspace(low, high, wanted + 1)[:-1]
     places = np.floor(center + np.sign(u) * np.abs(u) ** power + 1e-9).astype(int).tolist()
     full = sorted({0, *(i for i in places if 0 <= i < steps)})
     while len(full) < wanted:
@@ -57,8 +58,8 @@ def paper(steps: int, interval: int, center: int, power: float) -> list[int]:
     wanted = math.ceil(steps / interval)
     p = power
     while p >= 1.0:
-        ends = np.array([-center, steps - center], dtype=complex) ** (1 / p)
-        offsets = np.unique(np.trunc((np.linspace(*ends, wanted + 1) ** p).real).astype(int))
+        low, high = np.array([-center, steps - center], dtype=complex) ** (1 / p)
+        offsets = np.unique(np.trunc((np.linspace(low, high, wanted + 1) ** p).real).astype(int))
         full = sorted({0, *(int(i) + center for i in offsets[1:-1])})
         if len(full) == wanted:
             return full

@@ -30,9 +30,9 @@ class BranchStore:
 
     def get(self, keys: Sequence[Hashable]) -> torch.Tensor | None:
         """The batch of the branches ``keys``; None unless every one of them is kept."""
-        found = [self._kept.get(key) for key in keys]
-        if any(rows is None for rows in found):
+        if any(key not in self._kept for key in keys):
             return None
+        found = [self._kept[key] for key in keys]
         return found[0].clone() if len(found) == 1 else torch.cat(found)
 
     @property
