@@ -10,13 +10,20 @@ import torch
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP, moments, phi, weights
 from quickstep_under_test.solvers.noise import brownian, gaussian
-from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
 from quickstep_under_test.solvers.solver import Problem, sample, solve
+from quickstep_under_test.solvers.verify import (
+    FLOW,
+    VE,
+    graded,
+    measured_order,
+    measured_weak_order,
+    moments_of_run,
+    start,
+    tested_range,
+    uniform_lambda,
+)
 
-VE = VarianceExploding(t_min=0.03, t_max=14.6)
-FLOW = RectifiedFlow()
 PROCESSES = [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow")]
-RANGE = {id(VE): (10.0, 0.1), id(FLOW): (0.95, 0.05)}
 
 ODE = [
     DDIM(),
@@ -33,42 +40,6 @@ ODE = [
 def label(solver) -> str:
     settings = "-".join(str(v) for v in vars(solver).values())
     return f"{type(solver).__name__}-{settings}"
-
-
-def start(process, t, n=4, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    x0 = 0.7 * torch.randn(n, 1, 2, 2, generator=g, dtype=torch.float64)
-    return process.alpha(t) * x0 + t * torch.randn(n, 1, 2, 2, generator=g, dtype=torch.float64)
-
-
-def uniform_lambda(process, t_max, t_min, n):
-    lams = np.linspace(process.lam(t_max), process.lam(t_min), n + 1)
-    times = [process.t_of_lam(lam) for lam in lams]
-    times[0], times[-1] = t_max, t_min
-    return times
-
-
-def graded(process, t_max, t_min, n, levels=12):
-    """Uniform in lambda with the first interval refined geometrically: the cold start then costs nothing."""
-    l0, l1 = process.lam(t_max), process.lam(t_min)
-    h = (l1 - l0) / n
-    lams = [l0, *(l0 + h * 2.0**-j for j in range(levels, 0, -1)), *(l0 + h * i for i in range(1, n + 1))]
-    times = [process.t_of_lam(lam) for lam in lams]
-    times[0], times[-1] = t_max, t_min
-    return times
-
-
-def measured_order(solver, process, grid, steps=(20, 40, 80, 160)):
-    """Largest slope of log2 error between successive step counts whose error is above round-off: the finest pair."""
-    t_max, t_min = RANGE[id(process)]
-    data = GaussianMixture.random()
-    x = start(process, t_max)
-    exact = data.solve_ode(process, x, t_max, t_min)
-    problem = Problem(data.denoiser(process), process)
-    errors = [(sample(problem, solver, x, grid(process, t_max, t_min, n)) - exact).abs().max().item() for n in steps]
-    pairs = [(a, b) for a, b in zip(errors, errors[1:], strict=False) if b > 1e-9]
-    a, b = pairs[-1]
-    return math.log2(a / b)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -90,7 +61,7 @@ def test_cold_start_is_second_order(process):
 def test_point_mass_is_exact(solver, process):
     """With constant predictions every step is exact, on any grid: x_t = alpha_t m + (sigma_t/sigma_s)(x_s - alpha_s m)."""
     data = GaussianMixture.gaussian(mean=0.3, variance=0.0)
-    t_max, t_min = RANGE[id(process)]
+    t_max, t_min = tested_range(process)
     x = start(process, t_max)
     times = [t_max, 0.9 * t_max, 0.33 * t_max, 0.32 * t_max, t_min]
     got = sample(Problem(data.denoiser(process), process), solver, x, times)
@@ -104,7 +75,7 @@ def test_exact_gaussian_solution(solver, process):
     """The closed form for one Gaussian: x - alpha m shrinks with the square root of the marginal variance."""
     variance, mean = 0.4, 0.5
     data = GaussianMixture.gaussian(mean, variance)
-    t_max, t_min = RANGE[id(process)]
+    t_max, t_min = tested_range(process)
     x = start(process, t_max)
     got = sample(Problem(data.denoiser(process), process), solver, x, uniform_lambda(process, t_max, t_min, 400))
     marginal = [process.alpha(t) ** 2 * variance + t**2 for t in (t_max, t_min)]
@@ -132,13 +103,13 @@ def run(solver, process, times, noise=None, seed=0):
     ids=lambda s: label(s),
 )
 def test_members_that_coincide(one, other, process):
-    times = [*uniform_lambda(process, *RANGE[id(process)], 9), 0.0]
+    times = [*uniform_lambda(process, *tested_range(process), 9), 0.0]
     assert (run(one, process, times) - run(other, process, times)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_ddim_is_euler_in_sigma(process):
-    t_max, t_min = RANGE[id(process)]
+    t_max, t_min = tested_range(process)
     times = uniform_lambda(process, t_max, t_min, 7)
     denoise = GaussianMixture.random().denoiser(process)
     x = start(process, t_max)
@@ -174,31 +145,6 @@ def test_from_pure_noise_to_clean(solver, process):
     assert torch.equal(steps[-1].x, steps[-1].x0)
 
 
-def affine(solver, process, times, variance):
-    """Mean and variance at times[-1] of a run on scalar Gaussian data N(0.5, variance), exactly.
-
-    The denoiser is affine, so the result is ``a + g_T x_T + sum_k g_k z_k``: read every coefficient off one run each.
-    """
-    mean = 0.5
-    denoise = GaussianMixture.gaussian(mean, variance, d=1).denoiser(process)
-
-    def outcome(x_value, hot):
-        drawn = iter(range(10_000))
-
-        def noise(s, t):
-            return torch.full((1, 1), float(next(drawn) == hot), dtype=torch.float64)
-
-        x = torch.full((1, 1), x_value, dtype=torch.float64)
-        return sample(Problem(denoise, process, noise), solver, x, times).item(), next(drawn)
-
-    offset, draws = outcome(0.0, -1)
-    gain = outcome(1.0, -1)[0] - offset
-    spread = sum((outcome(0.0, k)[0] - offset) ** 2 for k in range(draws))
-    t = times[0]
-    marginal = process.alpha(t) ** 2 * variance + t**2
-    return offset + gain * process.alpha(t) * mean, gain**2 * marginal + spread
-
-
 SDE = [
     DDIM(eta=1.0),
     DDIM(eta=0.5),
@@ -212,15 +158,10 @@ SDE = [
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("solver", SDE, ids=label)
 def test_weak_order_from_exact_moments(solver, process):
-    variance = 0.4
-    t_max, t_min = RANGE[id(process)]
-    exact = process.alpha(t_min) ** 2 * variance + t_min**2
-    errors = []
-    for n in (40, 80):
-        mean, got = affine(solver, process, graded(process, t_max, t_min, n), variance)
-        assert abs(mean - process.alpha(t_min) * 0.5) < 1e-12
-        errors.append(abs(got - exact))
-    assert abs(math.log2(errors[0] / errors[1]) - solver.convergence_order) <= 0.25, errors
+    assert abs(measured_weak_order(solver, process) - solver.convergence_order) <= 0.25
+    t_max, t_min = tested_range(process)
+    mean, _ = moments_of_run(solver, process, graded(process, t_max, t_min, 20), variance=0.4)
+    assert abs(mean - process.alpha(t_min) * 0.5) < 1e-12
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -228,7 +169,7 @@ def test_weak_order_from_exact_moments(solver, process):
 def test_injected_noise_keeps_the_marginal(solver, process):
     """On a point mass the variance after a stochastic run is exactly sigma_t^2, also from sigma = 1."""
     t_max, t_min = (1.0, 0.05) if process is FLOW else (14.6, 0.1)
-    mean, got = affine(solver, process, [t_max, 0.6 * t_max, 0.5 * t_max, t_min], variance=0.0)
+    mean, got = moments_of_run(solver, process, [t_max, 0.6 * t_max, 0.5 * t_max, t_min], variance=0.0)
     assert abs(got - t_min**2) < 1e-12
     assert abs(mean - process.alpha(t_min) * 0.5) < 1e-12
 
