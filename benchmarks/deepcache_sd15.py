@@ -26,6 +26,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--cfg", type=float, default=1.0, help="1 makes one network row per picture, more makes two")
+    parser.add_argument("--channels", type=int, default=320, help="320 is the real size; 32 only tries this program")
     parser.add_argument("--depth", type=int, default=-1)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
@@ -65,7 +66,7 @@ def main() -> None:
             "image_size": 32,
             "in_channels": 4,
             "out_channels": 4,
-            "model_channels": 320,
+            "model_channels": given.channels,
             "channel_mult": [1, 2, 4, 4],
             "num_res_blocks": [2, 2, 2, 2],
             "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],

@@ -80,7 +80,7 @@ def main() -> None:
     from quickstep.nodes.bridge import process_of, sampler
     from quickstep.nodes.plot import picture_grid, to_pictures
     from quickstep.solvers.exponential import DPMSolverPP
-    from quickstep.solvers.schedules import KarrasSchedule
+    from quickstep.solvers.schedules import ExponentialSchedule
     from safetensors import safe_open
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def main() -> None:
         for network in options.networks:
             model = demo.load_model(network)
             process = process_of(model)
-            sigmas = torch.from_numpy(KarrasSchedule()(process, process.t_max, process.t_min, options.calls)).float()
+            sigmas = torch.from_numpy(ExponentialSchedule()(process, process.t_max, process.t_min, options.calls)).float()
             pictures = []
             for i in range(0, options.pictures, 64):
                 part = captions[i : i + 64]

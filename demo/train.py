@@ -40,16 +40,7 @@ def _import_demo():
 _import_demo()
 from quickstep_demo import judge as judge_module  # noqa: E402
 from quickstep_demo import text, world  # noqa: E402
-
-# What each part was trained with; the learning rate falls to zero over the last 60 % of the steps.
-RECIPES = {
-    "judge": {"steps": 1500, "batch": 128, "lr": 2e-3},
-    "text": {"steps": 1500, "batch": 128, "lr": 2e-3},
-    "unet": {"steps": 3600, "batch": 32, "lr": 2e-3},
-    "unet_small": {"steps": 4000, "batch": 32, "lr": 3e-3},
-    "dit": {"steps": 7000, "batch": 32, "lr": 2e-3},
-}
-
+from quickstep_demo.train_recipes import RECIPES  # noqa: E402
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz iterations (Jordan et al., 2024), for matrices and kernels.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..solvers.caching.accelerator import Accelerator
 from ..solvers.caching.deepcache import DeepCache
 from .attach import attach, ledger_of, measure
 from .derive import PREFIX, node
+from .show import show_text
 
 ACCELERATORS: tuple[type[Accelerator], ...] = (DeepCache,)
 
@@ -52,6 +53,7 @@ class Report(io.ComfyNode):
             description="Says what the last sampling run cost: network calls made, network work skipped, seconds.",
             search_aliases=["calls", "NFE", "timing", "benchmark"],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Latent.Input("latent", tooltip="The sampler's output. Passed on unchanged."),
                 io.Model.Input(
@@ -70,7 +72,8 @@ class Report(io.ComfyNode):
                 "went into the sampler."
             )
         text = "\n".join(run.line() for run in ledger.last()) or "No run yet with this model."
-        return io.NodeOutput(latent, text, ui=ui.PreviewText(text))
+        show_text(cls, text)
+        return io.NodeOutput(latent, text)
 
 
 NODES = [

@@ -16,10 +16,11 @@ from comfy_api.latest import io, ui
 from ..solvers.compare import Row, markdown, rms_per_sample
 from ..solvers.exponential import DPMSolverPP
 from ..solvers.report import RunReport
-from ..solvers.schedules import KarrasSchedule
+from ..solvers.schedules import ExponentialSchedule
 from .attach import ledger_of, measure, sampler_name
 from .bridge import process_of, sampler
 from .plot import line_plot, picture_grid, to_image, to_pictures
+from .show import show_text
 
 CandidateType = io.Custom("QUICKSTEP_CANDIDATE")
 NO_SIGMAS = "needs at least two sigmas"
@@ -76,7 +77,7 @@ class Candidate(io.ComfyNode):
 class Compare(io.ComfyNode):
     """Runs every candidate from the same noise and a converged reference, and says what each costs and how far it is off.
 
-    The reference is DPM-Solver++ (3M, exact) on a Karras schedule with ``reference_steps`` steps, or the optional
+    The reference is DPM-Solver++ (3M, exact) with ``reference_steps`` steps uniform in log-SNR, or the optional
     ``reference`` candidate. It is run once more with half the steps; the row "reference, half" shows how far the reference itself
     is from being converged, and no candidate closer than that can be told apart.
 
@@ -130,6 +131,7 @@ class Compare(io.ComfyNode):
                 io.String.Output(display_name="table"),
             ],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -172,7 +174,9 @@ class Compare(io.ComfyNode):
 
         sheet = to_image(picture_grid(pictures, cell=max(96, min(256, pictures[0][1][0].width))))
         plot = to_image(_plot(rows[2:]))
-        return io.NodeOutput(sheet, plot, markdown(rows), ui=ui.PreviewImage(sheet, cls=cls))
+        table = markdown(rows)
+        show_text(cls, table)
+        return io.NodeOutput(sheet, plot, table, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def references(model, contenders: list[Contender], given: Contender | None, steps: int) -> tuple[Contender, Contender]:
@@ -184,7 +188,8 @@ def references(model, contenders: list[Contender], given: Contender | None, step
         made = (replace(full, label="reference"), replace(full, label="reference, half", sigmas=half))
     else:
         process, start = process_of(model), float(contenders[0].sigmas[0])
-        solver, schedule = sampler(DPMSolverPP(order=3, third_order="exact", lower_order_final="never")), KarrasSchedule()
+        solver = sampler(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"))
+        schedule = ExponentialSchedule()
 
         def sigmas(n: int) -> torch.Tensor:
             return torch.from_numpy(schedule(process, start, process.t_min, n)).float()

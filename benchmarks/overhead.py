@@ -1,0 +1,76 @@
+"""What a solver costs per step beside the network, against core's ``dpmpp_2m``: ``make bench-overhead``.
+
+The network is replaced by one that returns a stored tensor; what is left is the solver. Ratios in one run, the order
+of the contestants alternating; core's and ours get the same latent, the same sigmas, the same loop around them.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from types import SimpleNamespace
+
+from _pack import import_comfy, import_pack
+
+import_comfy()
+import_pack()
+import torch  # noqa: E402
+from comfy.k_diffusion import sampling as core  # noqa: E402
+from comfy.model_sampling import EPS, ModelSamplingDiscrete  # noqa: E402
+from quickstep.nodes.bridge import sampler  # noqa: E402
+from quickstep.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP  # noqa: E402
+
+SHAPES = {"4x64x64 (SD 1.5, 512 px)": (1, 4, 64, 64), "16x21x60x104 (Wan, 81 frames 480p)": (1, 16, 21, 60, 104)}
+STEPS, REPEATS = 20, 15
+
+
+class Sampling(ModelSamplingDiscrete, EPS):
+    pass
+
+
+class Stored:
+    """A denoiser that costs nothing."""
+
+    def __init__(self, shape):
+        self.answer = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        patcher = SimpleNamespace(get_model_object=lambda name, s=Sampling(): s)
+        self.inner_model = SimpleNamespace(model_patcher=patcher)
+
+    def __call__(self, x, sigma, **unused):
+        return self.answer
+
+
+def main() -> None:
+    contestants = {
+        "core dpmpp_2m": core.sample_dpmpp_2m,
+        "DDIM": sampler(DDIM()).sampler_function,
+        "DPM-Solver++ 2M": sampler(DPMSolverPP(order=2)).sampler_function,
+        "DPM-Solver++ 3M": sampler(DPMSolverPP(order=3)).sampler_function,
+        "SDE-DPM-Solver++ 2M, gaussian": sampler(SDEDPMSolverPP(noise="gaussian")).sampler_function,
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{STEPS} steps, median of {REPEATS}, {device}, {torch.get_num_threads()} threads\n")
+    print("| latent | sampler | ms per step | ratio to core dpmpp_2m |\n|---|---|---:|---:|")
+    for name, shape in SHAPES.items():
+        model = Stored(shape)
+        model.answer = model.answer.to(device)
+        x = torch.randn(shape, device=device)
+        sigmas = torch.linspace(14.6, 0, STEPS + 1, device=device)
+        times: dict[str, list[float]] = {key: [] for key in contestants}
+        with torch.inference_mode():
+            for i in range(REPEATS + 1):
+                order = list(contestants.items())
+                for key, run in order if i % 2 else reversed(order):
+                    began = time.perf_counter()
+                    run(model, x, sigmas, extra_args={"seed": 1}, disable=True)
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    if i:  # the first round warms up
+                        times[key].append((time.perf_counter() - began) / STEPS * 1e3)
+        base = median(times["core dpmpp_2m"])
+        for key, values in times.items():
+            print(f"| {name} | {key} | {median(values):.3f} | {median(values) / base:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
