@@ -111,8 +111,8 @@ def main() -> None:
         return counter.get_total_flops()
 
     print(
-        f"SD 1.5 UNet, {given.channels} channels, {sum(p.numel() for p in network.parameters()) / 1e6:.0f} M weights, fp32, "
-        f"{torch.cuda.get_device_name() if given.device == 'cuda' else f'{given.threads} CPU threads'}, latent "
+        f"SD 1.5 UNet, {given.channels} channels, {sum(p.numel() for p in network.parameters()) / 1e6:.0f} M weights, "
+        f"fp32, {torch.cuda.get_device_name() if given.device == 'cuda' else f'{given.threads} CPU threads'}, latent "
         f"{given.size} x {given.size}, batch {given.batch}, CFG {given.cfg:g}, Euler, {given.steps} steps, warm-up "
         f"{given.warmup}, torch {torch.__version__}\n",
         flush=True,
