@@ -28,6 +28,7 @@ class Graph(dict):
                 default = options.get("default", choices[0])
                 if default is not None and name not in node["inputs"]:
                     node["inputs"][name] = default
+            node["_meta"]["title"] = object_info[node["class_type"]]["display_name"]
         return self
 
 

@@ -88,7 +88,8 @@ def call(arguments: list, what: str, timeout: float = 3600) -> None:
                 elapsed = time.monotonic() - began
                 if elapsed > timeout:
                     raise Trouble(f"{what} did not finish within {timeout / 60:.0f} minutes; its log is {log}.")
-                say(f"  {elapsed:.0f} s: {(lines() or ['...'])[-1][:100]}")
+                news = [line for line in lines() if line[0].isalpha() and not line.startswith("WARNING")]
+                say(f"  {elapsed:.0f} s: {(news or ['...'])[-1][:100]}")
         finally:
             if process.poll() is None:
                 process.kill()
