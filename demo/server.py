@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -183,7 +184,7 @@ class Server(Client):
             )
         self._await_ready()
 
-    def _await_ready(self, timeout: float = 180) -> None:
+    def _await_ready(self, timeout: float = 600) -> None:
         end = time.monotonic() + timeout
         while True:
             if self.process.poll() is not None:
@@ -204,7 +205,8 @@ class Server(Client):
         kept = ROOT / "output" / "server.log"
         kept.parent.mkdir(exist_ok=True)
         shutil.copyfile(self.log, kept)
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        text = re.sub(r"\x1b\[\d*m", "", self.log.read_text(errors="replace"))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         named = [
             line
             for line in lines

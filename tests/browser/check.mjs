@@ -24,26 +24,25 @@ const browser = await chromium.launch({
 })
 try {
   const context = await browser.newContext({ viewport: { width: 1600, height: 900 } })
+  const page = await context.newPage()
+  let errors = []
+  page.on('pageerror', (error) => errors.push(String(error)))
+  await page.goto(server, { waitUntil: 'domcontentloaded', timeout: 300000 })
+  await page.waitForFunction(
+    () => window.app?.isGraphReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100,
+    null,
+    { timeout: 600000, polling: 500 }
+  )
+  await page.waitForTimeout(1500)
   for (const file of files) {
     const name = path.basename(file, '.json')
-    const page = await context.newPage()
-    const errors = []
-    page.on('pageerror', (error) => errors.push(String(error)))
-    await page.goto(server, { waitUntil: 'domcontentloaded' })
-    await page.waitForFunction(
-      () => window.app?.isGraphReady && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100,
-      null,
-      { timeout: 180000 }
-    )
-    await page.waitForTimeout(1500)
-
+    errors = []
     const report = await page.evaluate(open, JSON.parse(fs.readFileSync(file, 'utf8')))
     const end = queue === 'queue' ? await page.evaluate(run) : null
     await page.evaluate(() => app.extensionManager.command.execute('Comfy.Canvas.FitView'))
     await page.waitForTimeout(1500)
-    await page.screenshot({ path: path.join(screenshots, `${name}.${renderer}.png`) })
+    await page.screenshot({ path: path.join(screenshots, `${name}.${renderer}.png`), timeout: 120000 })
     console.log(JSON.stringify({ name, ...report, end, errors }))
-    await page.close()
   }
 } finally {
   await browser.close()
@@ -71,7 +70,7 @@ async function run() {
       if (event.detail.output?.images?.length) shown.push(String(event.detail.display_node ?? event.detail.node))
     })
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
-      app.api.addEventListener(kind, (event) => resolve([kind, event.detail.exception_message ?? '']))
+      app.api.addEventListener(kind, (event) => resolve([kind, event.detail.exception_message ?? '']), { once: true })
     setTimeout(() => resolve(['timeout', 'after 5 minutes']), 300000)
     app.queuePrompt(0, 1)
   })
