@@ -5,7 +5,7 @@ PYTHON ?= python3
 BED = $(PYTHON) demo/testbed.py
 PORT ?= 8188
 
-.PHONY: demo serve test test-matrix lint bench docs train-demo clean
+.PHONY: demo serve test test-matrix lint bench bench-orders bench-overhead bench-demo docs workflows train-demo clean
 
 demo:         ## pictures and the comparison table, into output/
 	@$(BED) run python -m demo.run $(ARGS)
@@ -27,8 +27,14 @@ lint:         ## ruff and pyright
 bench:        ## measurements, into output/
 	@$(BED) --tests run python benchmarks/run.py $(ARGS)
 
+bench-orders bench-overhead bench-demo:  ## one of them
+	@$(BED) --tests run python benchmarks/$(subst demo,demo_table,$(subst bench-,,$@)).py $(ARGS)
+
 docs:         ## help pages and the README's tables, from the docstrings
 	@$(BED) --tests run python nodes/docs.py
+
+workflows:    ## workflows/*.json with their thumbnails, through the real frontend
+	@$(BED) --tests run python -m demo.workflows $(ARGS)
 
 train-demo:   ## the demo model again, resuming what is in demo/checkpoints (hours on a CPU)
 	@$(BED) run python demo/train.py $(or $(ARGS),all)

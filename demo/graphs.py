@@ -32,7 +32,7 @@ class Graph(dict):
         return self
 
 
-def _inputs(g: Graph, network: str, prompt: str, batch: int) -> tuple[str, dict, tuple]:
+def inputs(g: Graph, network: str, prompt: str, batch: int) -> tuple[str, dict, tuple]:
     """The demo model, the two prompts and an empty latent, as every sampler of the standard graph takes them."""
     model = g.add("Quickstep_DemoModel", network=network)
     positive = g.add("CLIPTextEncode", text=prompt, clip=(model, 1))
@@ -44,7 +44,7 @@ def _inputs(g: Graph, network: str, prompt: str, batch: int) -> tuple[str, dict,
 def plain(network: str = "unet", prompt: str = PROMPT, seed: int = 1, steps: int = 20) -> Graph:
     """ComfyUI's standard graph, its model going through DeepCache if it is a UNet."""
     g = Graph()
-    model, prompts, latent = _inputs(g, network, prompt, 1)
+    model, prompts, latent = inputs(g, network, prompt, 1)
     link = (g.add("Quickstep_DeepCache", model=(model, 0)), 0) if network != "dit" else (model, 0)
     sampled = g.add("KSampler", model=link, latent_image=latent, **prompts, seed=seed, steps=steps, cfg=3.0)
     decoded = g.add("VAEDecode", samples=(sampled, 0), vae=(model, 2))
@@ -55,7 +55,7 @@ def plain(network: str = "unet", prompt: str = PROMPT, seed: int = 1, steps: int
 def demo(network="unet", prompt=PROMPT, seed=1, batch=4, cfg=3.0, reference_steps=50) -> Graph:
     """From the same noise: the converged reference, dpmpp_2m, Quickstep, and Quickstep with DeepCache on a UNet."""
     g = Graph()
-    model, prompts, latent = _inputs(g, network, prompt, batch)
+    model, prompts, latent = inputs(g, network, prompt, batch)
     karras = g.add("Quickstep_KarrasSchedule", model=(model, 0), steps=STEPS)
     lam = g.add("Quickstep_CosineSchedule", model=(model, 0), steps=STEPS)
     stock = g.add("KSamplerSelect", sampler_name="dpmpp_2m")

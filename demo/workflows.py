@@ -1,0 +1,196 @@
+"""The shipped workflows: ``make workflows`` writes ``workflows/<name>.json`` and its thumbnail ``<name>.jpg``.
+
+Each is defined as an API prompt (``graphs``), turned into a UI workflow by the real frontend, laid out in columns by
+this module, and run once for the thumbnail. Widget values come from the node definitions, so a workflow never holds a
+value that the nodes do not know.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from . import graphs
+from .graphs import Graph
+from .server import Server, stopping_politely
+from .testbed import ROOT, browser, say
+
+FOLDER = ROOT / "workflows"
+GAP_X, GAP_Y, TITLE = 80, 60, 40
+
+
+def _shown(g: Graph, images: tuple, prefix: str) -> None:
+    """Save the 32 x 32 pictures at eight times the size, so that a person sees them."""
+    large = g.add("ImageScaleBy", image=images, upscale_method="nearest-exact", scale_by=8.0)
+    g.add("SaveImage", graphs.PICTURES, images=(large, 0), filename_prefix=prefix)
+
+
+def _sampled(network: str, solver: str, schedule: str, prompt: str, steps: int, seed: int, batch: int, prefix: str, **settings) -> Graph:
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, network, prompt, batch)
+    sampled = g.add(
+        "SamplerCustom",
+        model=(model, 0),
+        **prompts,
+        sampler=(g.add(solver, **settings), 0),
+        sigmas=(g.add(schedule, model=(model, 0), steps=steps), 0),
+        latent_image=latent,
+        noise_seed=seed,
+        cfg=3.0,
+    )
+    _shown(g, (g.add("VAEDecode", samples=(sampled, 0), vae=(model, 2)), 0), prefix)
+    return g
+
+
+def first_picture() -> Graph:
+    return _sampled("unet", "Quickstep_DPMSolverPP", "Quickstep_KarrasSchedule", graphs.PROMPT, 10, 1, 4, "quickstep_first")
+
+
+def flow_model() -> Graph:
+    return _sampled("dit", "Quickstep_DPMSolverPP", "Quickstep_CosineSchedule", "a big green cross", 10, 3, 4, "quickstep_flow")
+
+
+def stochastic() -> Graph:
+    return _sampled("unet", "Quickstep_SDEDPMSolverPP", "Quickstep_KarrasSchedule", "a pink ring", 20, 2, 4, "quickstep_sde")
+
+
+def deepcache() -> Graph:
+    """DeepCache with the plain KSampler, and what it saved."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "unet", "a big blue triangle on a grey background", 4)
+    cached = g.add("Quickstep_DeepCache", model=(model, 0), interval=2)
+    sampled = g.add(
+        "KSampler", model=(cached, 0), **prompts, latent_image=latent, seed=1, steps=20, cfg=3.0, sampler_name="dpmpp_2m", scheduler="karras"
+    )
+    report = g.add("Quickstep_Report", latent=(sampled, 0), model=(cached, 0))
+    g.add("PreviewAny", source=(report, 1))
+    _shown(g, (g.add("VAEDecode", samples=(report, 0), vae=(model, 2)), 0), "quickstep_deepcache")
+    return g
+
+
+def schedules() -> Graph:
+    """Three schedules in one drawing."""
+    g = Graph()
+    model = g.add("Quickstep_DemoModel", network="unet")
+    names = ("KarrasSchedule", "AlignYourSteps", "UniformSchedule")
+    drawn = {
+        key: (g.add(f"Quickstep_{name}", model=(model, 0), steps=10), 0)
+        for key, name in zip(("sigmas", "sigmas_2", "sigmas_3"), names, strict=True)
+    }
+    plot = g.add("Quickstep_DrawSchedule", **drawn, model=(model, 0))
+    g.add("SaveImage", graphs.PICTURES, images=(plot, 0), filename_prefix="quickstep_schedules")
+    return g
+
+
+WORKFLOWS: dict[str, tuple[Callable[[], Graph], str]] = {
+    "first_picture": (
+        first_picture,
+        "# A first picture in 10 calls\nA solver (SAMPLER) and a schedule (SIGMAS) go into the core node *SamplerCustom*. "
+        "Replace the demo model with your own checkpoint; nothing else changes.",
+    ),
+    "flow_model": (
+        flow_model,
+        "# A flow model\nThe same solver on a flow-matching DiT (SD3's architecture). Use Cosine or Uniform schedules here.",
+    ),
+    "stochastic": (
+        stochastic,
+        "# Fresh noise at every step\nSDE-DPM-Solver++ adds noise as it goes. It wants 15 steps or more.",
+    ),
+    "deepcache": (
+        deepcache,
+        "# DeepCache with the plain KSampler\nOne call in two reuses the deep part of the UNet. *Report* says what was skipped; "
+        "bypass the DeepCache node to see the difference.",
+    ),
+    "schedules": (schedules, "# Schedules, drawn\nWhere each schedule puts its network calls."),
+    "compare": (
+        graphs.demo,
+        "# What does a step cost, and what does it buy?\nEvery candidate starts from the same noise; errors are distances to "
+        "the converged reference. Add candidates: a free input appears.",
+    ),
+}
+
+
+def laid_out(workflow: dict, note: str) -> dict:
+    """The workflow in columns, each node right of everything it depends on, with a note in front."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    depth: dict[int, int] = {}
+
+    def column(id: int) -> int:
+        if id not in depth:
+            depth[id] = max((column(link[1]) + 1 for link in workflow["links"] if link[3] == id), default=0)
+        return depth[id]
+
+    columns: dict[int, list[dict]] = {}
+    for id in sorted(nodes):
+        columns.setdefault(column(id), []).append(nodes[id])
+    x, top = 0.0, 230.0
+    for index in sorted(columns):
+        y = top
+        for node in columns[index]:
+            node["pos"] = [round(x), round(y)]
+            y += node["size"][1] + GAP_Y + TITLE
+        x += max(node["size"][0] for node in columns[index]) + GAP_X
+    workflow["last_node_id"] = last = max(nodes) + 1
+    workflow["nodes"].append(
+        {
+            "id": last, "type": "MarkdownNote", "pos": [0, 0], "size": [520, 150], "flags": {}, "order": 0, "mode": 0,
+            "inputs": [], "outputs": [], "properties": {}, "widgets_values": [note],
+        }
+    )  # fmt: skip
+    workflow.pop("id", None)  # made anew by every frontend: nothing to compare
+    workflow.setdefault("extra", {}).pop("ds", None)
+    return workflow
+
+
+def thumbnail(picture: bytes, path: Path) -> None:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    image.thumbnail((640, 640), Image.Resampling.LANCZOS)
+    image.save(path, quality=85)
+
+
+def main() -> None:
+    node, chromium, playwright = browser()
+    environment = {**os.environ, "PLAYWRIGHT": str(playwright), "CHROMIUM": chromium}
+    chosen = sys.argv[1:] or list(WORKFLOWS)
+    with Server() as server, tempfile.TemporaryDirectory() as folder:
+        object_info = server.object_info()
+        for name in chosen:
+            build, note = WORKFLOWS[name]
+            prompt = build().filled(object_info)
+            source, target = Path(folder) / "prompt.json", Path(folder) / "workflow.json"
+            numbered = renumbered(prompt)
+            source.write_text(json.dumps(numbered), encoding="utf-8")
+            script = ROOT / "tests" / "browser" / "save.mjs"
+            subprocess.run([node, script, str(server.port), source, target], env=environment, check=True)
+            made = laid_out(json.loads(target.read_text(encoding="utf-8")), note)
+            (FOLDER / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+            outputs = server.run(prompt)
+            thumbnail(server.image(outputs[graphs.PICTURES]["images"][0]), FOLDER / f"{name}.jpg")
+            say(f"workflows/{name}.json")
+
+
+def renumbered(prompt: dict) -> dict:
+    """The prompt with numbers for ids, which UI workflows have."""
+    number = {id: str(i) for i, id in enumerate(prompt, 1)}
+    return {
+        number[id]: {
+            **node,
+            "inputs": {
+                key: [number[value[0]], value[1]] if isinstance(value, list) else value
+                for key, value in node["inputs"].items()
+            },
+        }
+        for id, node in prompt.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(stopping_politely(main))
