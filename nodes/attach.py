@@ -108,6 +108,11 @@ def attach(model, accelerator: Accelerator):
     """
     key = key_of(accelerator)
     _refuse_compiled(model.wrappers, accelerator.title)
+    start, end = accelerator.percents
+    if start > end:
+        raise ValueError(
+            f"{accelerator.title}: the window from start_percent = {start:g} to end_percent = {end:g} ends before it starts."
+        )
     site = SITES[accelerator.site](model, accelerator, key, FORWARD)
     clone = detach(measure(model), accelerator)
 

@@ -133,8 +133,10 @@ def weights(name: str) -> dict[str, torch.Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no iterator
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}). Reinstall the pack.") from error
-    if metadata.get("format") != "quickstep-demo" or metadata.get("world") != world.WORLD_VERSION:
-        raise ValueError(f"{path} is not a weights file of this version of Quickstep's demo model. Reinstall the pack.")
+    part = {"text_encoder": "text"}.get(name, name)
+    made_for = {"format": "quickstep-demo", "world": world.WORLD_VERSION, "part": part}
+    if any(metadata.get(key) != value for key, value in made_for.items()):
+        raise ValueError(f"{path} is not this version's weights file of Quickstep's demo {part}. Reinstall the pack.")
     return tensors
 
 

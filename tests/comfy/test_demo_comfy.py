@@ -111,7 +111,7 @@ def test_missing_broken_and_foreign_weights_are_said(folder):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         demo.load_model("unet")
     save_file({"a": torch.zeros(1)}, folder / "unet.safetensors", metadata={"format": "other"})
-    with pytest.raises(ValueError, match="not a weights file of this version"):
+    with pytest.raises(ValueError, match="not this version's weights file"):
         demo.load_model("unet")
 
 
