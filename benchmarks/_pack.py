@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
-from evaluate import CFG, import_comfy, import_pack, prompts  # noqa: E402
+from evaluate import CFG, import_comfy, import_pack, prompts
 
 __all__ = ["CFG", "import_comfy", "import_pack", "prompts"]

@@ -59,16 +59,27 @@ def candidates(network: str, steps: int = STEPS):
     ]  # fmt: skip
     if network != "dit":
         for interval in (2, 3):
-            rows.append((f"the same + DeepCache, interval {interval}", ours(quick, best, steps), DeepCache(interval=interval)))
+            rows.append(
+                (f"the same + DeepCache, interval {interval}", ours(quick, best, steps), DeepCache(interval=interval))
+            )
         rows.append(("Quickstep, fewer steps", ours(quick, best, steps - 2), None))
     return rows
 
 
 def sweep(network: str):
     """Every schedule and order at 8 calls: what ``candidates`` was chosen from."""
-    rows = [(f"core {s}, {k}", core(s, STEPS, k), None) for s in ("dpmpp_2m", "uni_pc", "deis", "euler") for k in ("normal", "simple", "karras", "exponential", "beta", "kl_optimal", "sgm_uniform")]
+    rows = [
+        (f"core {s}, {k}", core(s, STEPS, k), None)
+        for s in ("dpmpp_2m", "uni_pc", "deis", "euler")
+        for k in ("normal", "simple", "karras", "exponential", "beta", "kl_optimal", "sgm_uniform")
+    ]
     for schedule in schedules.CLOSED_FORMS:
-        for solver in (DPMSolverPP(order=2), DPMSolverPP(order=2, correction="taylor"), DPMSolverPP(order=3), DPMSolverPP(order=3, third_order="reference")):
+        for solver in (
+            DPMSolverPP(order=2),
+            DPMSolverPP(order=2, correction="taylor"),
+            DPMSolverPP(order=3),
+            DPMSolverPP(order=3, third_order="reference"),
+        ):
             label = f"{schedule.__name__}, order {solver.order}, {solver.correction}, {solver.third_order}"
             rows.append((label, ours(solver, schedule(), STEPS), None))
     return rows
@@ -110,8 +121,9 @@ def main() -> None:
         for network in options.networks:
             model = demo.load_model(network)
             converged = DPMSolverPP(order=3, lower_order_final="never")
-            half, report, seconds = sample(model, ours(converged, schedules.ExponentialSchedule(), options.reference // 2))
-            truth, report, seconds = sample(model, ours(converged, schedules.ExponentialSchedule(), options.reference))
+            grid = schedules.ExponentialSchedule()
+            half, *half_cost = sample(model, ours(converged, grid, options.reference // 2))
+            truth, *cost = sample(model, ours(converged, grid, options.reference))
             print(f"\n{network}, CFG {options.cfg:g}, {options.pictures} pictures\n")
             print("| candidate | calls | work | seconds | error (mean) | error (median) | colour + shape right |")
             print("|---|---:|---:|---:|---:|---:|---:|")
@@ -125,8 +137,8 @@ def main() -> None:
                     flush=True,
                 )
 
-            row("reference", report, seconds, truth)
-            row("reference, half the calls", report, seconds, half)
+            row("reference", *cost, truth)
+            row("reference, half the calls", *half_cost, half)
             for label, how, accelerator in sweep(network) if options.sweep else candidates(network, options.steps):
                 try:
                     accelerated = attach(model, accelerator) if accelerator else model

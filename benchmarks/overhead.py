@@ -33,7 +33,8 @@ class Stored:
 
     def __init__(self, shape):
         self.answer = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        patcher = SimpleNamespace(get_model_object=lambda name, s=Sampling(): s)
+        sampling = Sampling()
+        patcher = SimpleNamespace(get_model_object=lambda name: sampling)
         self.inner_model = SimpleNamespace(model_patcher=patcher)
 
     def __call__(self, x, sigma, **unused):
@@ -46,6 +47,8 @@ def main() -> None:
         "DDIM": sampler(DDIM()).sampler_function,
         "DPM-Solver++ 2M": sampler(DPMSolverPP(order=2)).sampler_function,
         "DPM-Solver++ 3M": sampler(DPMSolverPP(order=3)).sampler_function,
+        "core dpmpp_2m_sde": core.sample_dpmpp_2m_sde,
+        "SDE-DPM-Solver++ 2M, brownian": sampler(SDEDPMSolverPP()).sampler_function,
         "SDE-DPM-Solver++ 2M, gaussian": sampler(SDEDPMSolverPP(noise="gaussian")).sampler_function,
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,8 @@
 """Measure the demo networks in the real ComfyUI: ``python demo/evaluate.py [--pictures 256] [--write]``.
 
-256 captions nobody trained on, one picture each, sampled to convergence at the recommended CFG; the judge says how many
-show what was asked. ``--write`` stores the scores in the weights' metadata and the sample sheets under ``docs/``.
+256 captions from a generator that training did not use, one picture each, sampled to convergence at the recommended CFG;
+the judge says how many show what was asked. (There are only 900 full captions, and training saw them all; noise and
+pictures are new.) ``--write`` stores the scores in the weights' metadata, ``--sheet DIR`` draws the first forty.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ SEED = 20_000  # training draws its pictures from the generator with seed 1
 def import_pack(name: str = "quickstep"):
     """Import the repository as ComfyUI does: under a name of the caller's choice, submodules relative to it."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -94,13 +97,22 @@ def main() -> None:
         for network in options.networks:
             model = demo.load_model(network)
             process = process_of(model)
-            sigmas = torch.from_numpy(ExponentialSchedule()(process, process.t_max, process.t_min, options.calls)).float()
+            sigmas = torch.from_numpy(
+                ExponentialSchedule()(process, process.t_max, process.t_min, options.calls)
+            ).float()
             pictures = []
             for i in range(0, options.pictures, 64):
                 part = captions[i : i + 64]
                 pictures.append(
                     sample(
-                        model, prompts(clip, part), prompts(clip, [""]), sampler(DPMSolverPP()), sigmas, len(part), i, options.cfg
+                        model,
+                        prompts(clip, part),
+                        prompts(clip, [""]),
+                        sampler(DPMSolverPP()),
+                        sigmas,
+                        len(part),
+                        i,
+                        options.cfg,
                     )
                 )
             pictures = torch.cat(pictures)
@@ -109,7 +121,10 @@ def main() -> None:
                 said = [i for i, c in enumerate(captions) if world.ATTRIBUTES[name][int(attributes[name][i])] in c]
                 scores |= judging.agreement(judge, pictures[said], {name: attributes[name][said]})
             line = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
-            print(f"{network}: CFG {options.cfg:g}, {options.calls} calls, {options.pictures} pictures: {line}", flush=True)
+            print(
+                f"{network}: CFG {options.cfg:g}, {options.calls} calls, {options.pictures} pictures: {line}",
+                flush=True,
+            )
             if options.sheet:
                 options.sheet.mkdir(parents=True, exist_ok=True)
                 shown = to_pictures(pictures[:40].movedim(1, -1))
@@ -121,7 +136,9 @@ def main() -> None:
                     metadata = file.metadata()
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no iterator
                 metadata["scores"] = json.dumps({name: round(share, 4) for name, share in scores.items()})
-                save_file(tensors, path, metadata=metadata)
+                partial = path.with_suffix(".tmp")
+                save_file(tensors, partial, metadata=metadata)
+                os.replace(partial, path)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def load_judge(path: Path = WEIGHTS) -> Judge:
     from safetensors.torch import load_file
 
     judge = Judge()
-    judge.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()})
+    judge.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()}
+    )
     return judge.eval().requires_grad_(False)
 
 

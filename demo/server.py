@@ -53,6 +53,14 @@ def device_flags() -> list[str]:
     return ["--cpu"] if wanted == "cpu" else []
 
 
+def _die_with_parent() -> None:
+    """In the child: let the kernel stop it should we be killed without a chance to clean up."""
+    import ctypes
+
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Client:
     """The HTTP and WebSocket interface of a running server."""
 
@@ -181,6 +189,7 @@ class Server(Client):
                 stderr=log,
                 cwd=comfyui,
                 start_new_session=True,  # Ctrl-C reaches only us; we stop the server
+                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
         self._await_ready()
 

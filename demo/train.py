@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -41,6 +40,7 @@ _import_demo()
 from quickstep_demo import judge as judge_module  # noqa: E402
 from quickstep_demo import text, world  # noqa: E402
 from quickstep_demo.train_recipes import RECIPES  # noqa: E402
+
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised by five Newton-Schulz iterations (Jordan et al., 2024), for matrices and kernels.
@@ -87,6 +87,13 @@ def optimizers(net: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     return made
 
 
+def save_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file completely or not at all."""
+    partial = path.with_suffix(".tmp")
+    save_file(tensors, partial, metadata=metadata)
+    os.replace(partial, path)
+
+
 def save_checkpoint(path: Path, step: int, net, ema, opts, generator) -> None:
     tensors = {f"net.{k}": v for k, v in net.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.items()}
@@ -95,9 +102,7 @@ def save_checkpoint(path: Path, step: int, net, ema, opts, generator) -> None:
             tensors |= {f"opt.{i}.{j}.{k}": v for k, v in state.items()}
     tensors["generator"] = generator.get_state()
     tensors = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}
-    partial = path.with_suffix(".tmp")
-    save_file(tensors, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
+    save_whole(tensors, path, {"step": str(step)})
 
 
 def load_checkpoint(path: Path, net, opts, generator, device) -> tuple[int, dict[str, torch.Tensor]]:
@@ -226,19 +231,16 @@ def export(name: str, step: int, ema: dict[str, torch.Tensor]) -> Path:
     if name == "text":
         ema = {k.removeprefix("encoder."): v for k, v in ema.items() if k.startswith("encoder.")}
     tensors = {prefix + k: v.half() if v.is_floating_point() else v for k, v in ema.items()}
-    scores = {}
     path = HERE / f"{file}.safetensors"
-    if path.exists():  # keep nothing stale: the scores are measured again by demo/evaluate.py
-        path.unlink()
     metadata = {
         "format": "quickstep-demo",
         "part": name,
         "world": world.WORLD_VERSION,
         "training_steps": str(step),
         "licence": "Apache-2.0",
-        "scores": json.dumps(scores),
+        "scores": "{}",  # measured and written by demo/evaluate.py
     }
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+    save_whole({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
     return path
 
 
@@ -261,7 +263,9 @@ def train(name: str, steps: int, batch: int, lr: float, device: str, threads: in
     first = step
     while step < steps:
         fraction = step / steps
-        factor = min(1.0, (step + 1) / 100) * (1.0 if fraction < 0.4 else 0.5 * (1 + math.cos(math.pi * (fraction - 0.4) / 0.6)))
+        factor = min(1.0, (step + 1) / 100) * (
+            1.0 if fraction < 0.4 else 0.5 * (1 + math.cos(math.pi * (fraction - 0.4) / 0.6))
+        )
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * factor

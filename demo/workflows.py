@@ -31,7 +31,9 @@ def _shown(g: Graph, images: tuple, prefix: str) -> None:
     g.add("SaveImage", graphs.PICTURES, images=(large, 0), filename_prefix=prefix)
 
 
-def _sampled(network: str, solver: str, schedule: str, prompt: str, steps: int, seed: int, batch: int, prefix: str, **settings) -> Graph:
+def _sampled(
+    network: str, solver: str, schedule: str, prompt: str, steps: int, seed: int, batch: int, prefix: str, **settings
+) -> Graph:
     g = Graph()
     model, prompts, latent = graphs.inputs(g, network, prompt, batch)
     sampled = g.add(
@@ -49,15 +51,21 @@ def _sampled(network: str, solver: str, schedule: str, prompt: str, steps: int, 
 
 
 def first_picture() -> Graph:
-    return _sampled("unet", "Quickstep_DPMSolverPP", "Quickstep_KarrasSchedule", graphs.PROMPT, 10, 1, 4, "quickstep_first")
+    return _sampled(
+        "unet", "Quickstep_DPMSolverPP", "Quickstep_KarrasSchedule", graphs.PROMPT, 10, 1, 4, "quickstep_first"
+    )
 
 
 def flow_model() -> Graph:
-    return _sampled("dit", "Quickstep_DPMSolverPP", "Quickstep_CosineSchedule", "a big green cross", 10, 3, 4, "quickstep_flow")
+    return _sampled(
+        "dit", "Quickstep_DPMSolverPP", "Quickstep_CosineSchedule", "a big green cross", 10, 3, 4, "quickstep_flow"
+    )
 
 
 def stochastic() -> Graph:
-    return _sampled("unet", "Quickstep_SDEDPMSolverPP", "Quickstep_KarrasSchedule", "a pink ring", 20, 2, 4, "quickstep_sde")
+    return _sampled(
+        "unet", "Quickstep_SDEDPMSolverPP", "Quickstep_KarrasSchedule", "a pink ring", 20, 2, 4, "quickstep_sde"
+    )
 
 
 def deepcache() -> Graph:
@@ -66,7 +74,15 @@ def deepcache() -> Graph:
     model, prompts, latent = graphs.inputs(g, "unet", "a big blue triangle on a grey background", 4)
     cached = g.add("Quickstep_DeepCache", model=(model, 0), interval=2)
     sampled = g.add(
-        "KSampler", model=(cached, 0), **prompts, latent_image=latent, seed=1, steps=20, cfg=3.0, sampler_name="dpmpp_2m", scheduler="karras"
+        "KSampler",
+        model=(cached, 0),
+        **prompts,
+        latent_image=latent,
+        seed=1,
+        steps=20,
+        cfg=3.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
     )
     report = g.add("Quickstep_Report", latent=(sampled, 0), model=(cached, 0))
     g.add("PreviewAny", source=(report, 1))

@@ -7,7 +7,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 
-from ..solvers import noise
+from ..solvers.noise import SOURCES
 from ..solvers.process import ForwardProcess, RectifiedFlow, VarianceExploding
 from ..solvers.solver import Problem, Solver, check_times, solve
 
@@ -46,8 +46,10 @@ def sampler(solver: Solver) -> comfy.samplers.KSAMPLER:
         def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
             return model(x, x.new_full((x.shape[0],), t), **extra_args)
 
-        drawn = noise.source(solver.noise, x, extra_args.get("seed") or 0, times) if solver.stochastic else None
-        problem = Problem(denoise, process, drawn or noise.no_noise)
+        if solver.draws is None or len(times) < 2:
+            problem = Problem(denoise, process)
+        else:
+            problem = Problem(denoise, process, SOURCES[solver.draws](x, extra_args.get("seed") or 0, times))
         steps = solve(problem, solver, x, times)
         for i in comfy.utils.model_trange(len(times) - 1, disable=disable):
             step = next(steps)
@@ -56,6 +58,7 @@ def sampler(solver: Solver) -> comfy.samplers.KSAMPLER:
             x = step.x
         return x
 
+    sample_quickstep.__name__ = f"sample_{solver.id}"  # what reports and comparisons call it
     return comfy.samplers.KSAMPLER(sample_quickstep)
 
 

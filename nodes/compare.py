@@ -17,8 +17,9 @@ from ..solvers.compare import Row, markdown, rms_per_sample
 from ..solvers.exponential import DPMSolverPP
 from ..solvers.report import RunReport
 from ..solvers.schedules import ExponentialSchedule
+from ..solvers.solver import check_times
 from .attach import ledger_of, measure, sampler_name
-from .bridge import process_of, sampler
+from .bridge import distinct, process_of, sampler
 from .plot import line_plot, picture_grid, to_image, to_pictures
 from .show import show_text
 
@@ -99,7 +100,9 @@ class Compare(io.ComfyNode):
             "reference: pictures, a plot and a table of calls, seconds and error.",
             search_aliases=["benchmark", "xy plot", "grid"],
             inputs=[
-                io.Model.Input("model", tooltip="The model of the reference, and of candidates without one of their own."),
+                io.Model.Input(
+                    "model", tooltip="The model of the reference, and of candidates without one of their own."
+                ),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt, used with CFG above 1."),
                 io.Latent.Input("latent", tooltip="The latent to start from; its batch is the row of pictures."),
@@ -116,12 +119,17 @@ class Compare(io.ComfyNode):
                 io.Int.Input(
                     "reference_steps", default=100, min=4, max=1000, tooltip="Steps of the converged reference."
                 ),
-                io.Int.Input("repeats", default=1, min=1, max=20, tooltip="Runs per candidate; seconds are their median."),
+                io.Int.Input(
+                    "repeats", default=1, min=1, max=20, tooltip="Runs per candidate; seconds are their median."
+                ),
                 CandidateType.Input("reference", optional=True, tooltip="Instead of the built-in reference."),
                 io.Autogrow.Input(
                     "candidates",
                     template=io.Autogrow.TemplatePrefix(
-                        CandidateType.Input("candidate", tooltip="One way to sample."), prefix="candidate", min=1, max=16
+                        CandidateType.Input("candidate", tooltip="One way to sample."),
+                        prefix="candidate",
+                        min=1,
+                        max=16,
                     ),
                 ),
             ],
@@ -136,114 +144,138 @@ class Compare(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent, vae, seed, cfg, reference_steps, repeats, candidates=None, reference=None
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        vae,
+        seed,
+        cfg,
+        reference_steps,
+        repeats,
+        candidates=None,
+        reference=None,
     ):
         contenders = [c for c in (candidates or {}).values() if c is not None]
         if not contenders:
             raise ValueError("Compare has no candidates; connect at least one Candidate node.")
+        if latent["samples"].is_nested:
+            raise ValueError("Compare takes one kind of latent, not a combined audio and video latent.")
         full, half = references(model, contenders, reference, reference_steps)
-        plan = [(half, 1), (full, 1), *((c, repeats) for c in contenders)]
-        bar = comfy.utils.ProgressBar(sum((len(c.sigmas) - 1) * n for c, n in plan))
-        latent = dict(latent)
-        latent["samples"] = comfy.sample.fix_empty_latent_channels(
-            model, latent["samples"], *_downscale(latent)
-        )
+        check(model, [full, half, *contenders])
+        bench = Bench(model, positive, negative, empty_as_model_wants(model, latent), seed, cfg)
+        bench.expect(full, half, *contenders * repeats)
 
-        pictures, rows, done, truth = [], [], 0, None
-        half_run = None
-        for contender, times in plan:
-            runs = []
-            for _ in range(times):
-                samples, report = run(replace(contender, model=contender.model or model), positive, negative, latent, seed, cfg, bar, done)
-                runs.append(report.seconds)
-                done += len(contender.sigmas) - 1
-            if contender is half:
-                half_run = (samples, report)
-                continue
-            if contender is full:
-                truth = samples
-                rows.append(Row(full.label, report.calls, report.work, median(runs), ()))
-                errors = tuple(rms_per_sample(half_run[0], truth))
-                rows.append(Row(half.label, half_run[1].calls, half_run[1].work, half_run[1].seconds, errors))
-                caption = f"{full.label}: {report.calls} calls"
-            else:
-                errors = tuple(rms_per_sample(samples, truth))
-                rows.append(Row(contender.label, report.calls, report.work, median(runs), errors))
-                caption = f"{contender.label}: {rows[-1].calls} calls, error {rows[-1].mean:.3f}, {rows[-1].seconds:.2f} s"
-            pictures.append((caption, to_pictures(_decode(vae, samples))))
+        half_samples, half_report = bench.run(half)
+        truth, report = bench.run(full)
+        rows = [row(full, [report], ()), row(half, [half_report], rms_per_sample(half_samples, truth))]
+        pictures = [(f"{full.label}: {report.calls} calls", decoded(vae, truth))]
+        for contender in contenders:
+            runs = [bench.run(contender) for _ in range(repeats)]
+            samples = runs[-1][0]
+            rows.append(row(contender, [report for _, report in runs], rms_per_sample(samples, truth)))
+            caption = f"{contender.label}: {rows[-1].calls} calls, error {rows[-1].mean:.3f}, {rows[-1].seconds:.2f} s"
+            pictures.append((caption, decoded(vae, samples)))
 
         sheet = to_image(picture_grid(pictures, cell=max(96, min(256, pictures[0][1][0].width))))
-        plot = to_image(_plot(rows[2:]))
         table = markdown(rows)
         show_text(cls, table)
-        return io.NodeOutput(sheet, plot, table, ui=ui.PreviewImage(sheet, cls=cls))
+        return io.NodeOutput(sheet, to_image(_plot(rows[2:])), table, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def references(model, contenders: list[Contender], given: Contender | None, steps: int) -> tuple[Contender, Contender]:
     """The reference and the same with half the steps."""
     if given is not None:
-        kept = given.sigmas[:-1:2]
-        half = torch.cat([kept, given.sigmas[-1:]])
-        full, start = given, float(given.sigmas[0])
-        made = (replace(full, label="reference"), replace(full, label="reference, half", sigmas=half))
-    else:
-        process, start = process_of(model), float(contenders[0].sigmas[0])
-        solver = sampler(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"))
-        schedule = ExponentialSchedule()
+        if len(given.sigmas) < 5:
+            raise ValueError(f"The reference has {len(given.sigmas) - 1} steps; with fewer than 4 it is none.")
+        half = torch.cat([given.sigmas[:-1:2], given.sigmas[-1:]])
+        return replace(given, label="reference"), replace(given, label="reference, half", sigmas=half)
+    process, start = process_of(model), float(contenders[0].sigmas[0])
+    solver = sampler(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"))
 
-        def sigmas(n: int) -> torch.Tensor:
-            return torch.from_numpy(schedule(process, start, process.t_min, n)).float()
+    def made(label: str, n: int) -> Contender:
+        times = ExponentialSchedule()(process, start, process.t_min, n)
+        return Contender(label, solver, torch.from_numpy(times).float())
 
-        made = (
-            Contender("reference", solver, sigmas(steps)),
-            Contender("reference, half", solver, sigmas(max(2, steps // 2))),
-        )
+    return made("reference", steps), made("reference, half", steps // 2)
+
+
+def check(model, contenders: list[Contender]) -> None:
+    """Refuse, before anything runs, what cannot be sampled or not be compared."""
+    process, start = process_of(model), float(contenders[0].sigmas[0])
     for contender in contenders:
-        first = float(contender.sigmas[0])
-        if abs(first - start) > 0.02 * start:
+        times = distinct(contender.sigmas.tolist())
+        try:
+            check_times(times, process)
+        except ValueError as error:
+            raise ValueError(f"Candidate '{contender.label}': {error}") from error
+        if abs(times[0] - start) > 0.02 * start:
             raise ValueError(
-                f"Candidate '{contender.label}' starts at sigma {first:.4g}, the reference at {start:.4g}; "
+                f"Candidate '{contender.label}' starts at sigma {times[0]:.4g}, the reference at {start:.4g}; "
                 "all must start from the same noise level."
             )
-    return made
 
 
-def run(contender: Contender, positive, negative, latent, seed, cfg, bar, done) -> tuple[torch.Tensor, RunReport]:
-    """One measured sampling run; ``bar`` continues from ``done``."""
-    model = measure(contender.model)
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(positive, negative)
-    guider.set_cfg(cfg)
-    noise = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
-    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+class Bench:
+    """Sampling runs under equal conditions, with one progress bar over all of them."""
 
-    def callback(step, x0, x, total):
-        preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
-        bar.update_absolute(done + step + 1, preview=preview)
+    def __init__(self, model, positive, negative, latent: dict, seed: int, cfg: float):
+        self.model, self.positive, self.negative = model, positive, negative
+        self.latent, self.seed, self.cfg = latent, seed, cfg
+        self.done, self.bar = 0, None
 
-    samples = guider.sample(
-        noise,
-        latent["samples"],
-        contender.sampler,
-        contender.sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=callback,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
-    return samples.to(comfy.model_management.intermediate_device()), ledger_of(model).runs[-1]
+    def expect(self, *contenders: Contender) -> None:
+        """Say what is going to be run."""
+        self.bar = comfy.utils.ProgressBar(sum(len(c.sigmas) - 1 for c in contenders))
+
+    def run(self, contender: Contender) -> tuple[torch.Tensor, RunReport]:
+        """The samples, and what they cost."""
+        model = measure(contender.model or self.model)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(self.positive, self.negative)
+        guider.set_cfg(self.cfg)
+        start = self.latent["samples"]
+        noise = comfy.sample.prepare_noise(start, self.seed, self.latent.get("batch_index"))
+        previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+        def callback(step, x0, x, total):
+            preview = previewer.decode_latent_to_preview_image("JPEG", x0) if previewer else None
+            self.bar.update_absolute(self.done + step + 1, preview=preview)
+
+        samples = guider.sample(
+            noise,
+            start,
+            contender.sampler,
+            contender.sigmas,
+            denoise_mask=self.latent.get("noise_mask"),
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.seed,
+        )
+        self.done += len(contender.sigmas) - 1
+        return samples.to(comfy.model_management.intermediate_device()), ledger_of(model).runs[-1]
 
 
-def _downscale(latent: dict) -> tuple:
-    """What ComfyUI >= 0.17 notes on an empty latent so that it can be resized to the model's scale."""
-    noted = [latent.pop(f"downscale_ratio_{kind}", None) for kind in ("spacial", "temporal")]
-    return tuple(noted) if any(value is not None for value in noted) else ()
+def row(contender: Contender, reports: list[RunReport], errors) -> Row:
+    last = reports[-1]
+    return Row(contender.label, last.calls, last.work, median(r.seconds for r in reports), tuple(errors))
 
 
-def _decode(vae, samples: torch.Tensor) -> torch.Tensor:
+def empty_as_model_wants(model, latent: dict) -> dict:
+    """The latent, an empty one resized to the model's channels and scale as ComfyUI's own samplers do."""
+    latent = dict(latent)
+    # Which of these an empty latent carries, and which the function takes, grew with ComfyUI's releases, together.
+    names = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    noted = {name: latent.pop(name) for name in names if name in latent}
+    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **noted)
+    return latent
+
+
+def decoded(vae, samples: torch.Tensor):
     """Pictures of a latent batch; the first frame of videos."""
     images = vae.decode(samples)
-    return images[:, 0] if images.ndim == 5 else images
+    return to_pictures(images[:, 0] if images.ndim == 5 else images)
 
 
 def _plot(rows: list[Row]):
@@ -253,7 +285,11 @@ def _plot(rows: list[Row]):
         points = sorted((row.paid, row.mean) for row in rows if row.label == label)
         series.append((label, [p[0] for p in points], [max(p[1], 1e-6) for p in points]))
     return line_plot(
-        series, "Error to the converged reference", "network calls, weighted with the share computed", "RMS error", log_y=True
+        series,
+        "Error to the converged reference",
+        "network calls, weighted with the share computed",
+        "RMS error",
+        log_y=True,
     )
 
 

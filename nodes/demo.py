@@ -20,7 +20,11 @@ from ..demo import networks, world
 from ..demo.text import TEXT_CONFIG
 
 FOLDER = Path(__file__).resolve().parent.parent / "demo"
-NETWORKS = {"unet": "UNet (4.6 M, v-prediction)", "unet_small": "small UNet (1.2 M)", "dit": "DiT (2.9 M, flow matching)"}
+NETWORKS = {
+    "unet": "UNet (4.6 M, v-prediction)",
+    "unet_small": "small UNet (1.2 M)",
+    "dit": "DiT (2.9 M, flow matching)",
+}
 
 
 class _Words:
@@ -66,7 +70,12 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
     def __init__(self, config, dtype, device, operations):
         super().__init__(config, dtype, device, operations)
         self.text_model.embeddings = comfy.clip_model.CLIPEmbeddings(
-            config["hidden_size"], config["vocab_size"], world.MAX_TOKENS, dtype=dtype, device=device, operations=operations
+            config["hidden_size"],
+            config["vocab_size"],
+            world.MAX_TOKENS,
+            dtype=dtype,
+            device=device,
+            operations=operations,
         )
 
 
@@ -86,7 +95,9 @@ class _TextEncoder(SDClipModel):
 
 class ShapesTextEncoder(SD1ClipModel):
     def __init__(self, device="cpu", dtype=None, model_options=None):
-        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, name="shapes", clip_model=_TextEncoder)
+        super().__init__(
+            device=device, dtype=dtype, model_options=model_options or {}, name="shapes", clip_model=_TextEncoder
+        )
 
 
 class Pixels(comfy.latent_formats.LatentFormat):
@@ -101,11 +112,11 @@ class Pixels(comfy.latent_formats.LatentFormat):
 class DemoConfig(comfy.supported_models_base.BASE):
     """One of ``networks.CONFIGS`` as ComfyUI's model config."""
 
-    unet_extra_config = {}  # noqa: RUF012 - ComfyUI's own protocol
+    unet_extra_config = {}
     latent_format = Pixels
     memory_usage_factor = 0.1
     supported_inference_dtypes = (torch.float32,)
-    sampling_settings = {"shift": 1.0, "multiplier": 1000}  # noqa: RUF012 - read for the flow model only
+    sampling_settings = {"shift": 1.0, "multiplier": 1000}
 
     def __init__(self, network: str):
         super().__init__({**networks.CONFIGS[network]})

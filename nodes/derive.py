@@ -43,12 +43,11 @@ def node(
     run: Callable[..., tuple],
     outputs: list[io.Output],
     before: list[io.Input] = (),
-    after: list[io.Input] = (),
 ) -> type[io.ComfyNode]:
     """A node class for ``method``.
 
     run: called as ``run(method(**settings), **other_inputs)``, returns the outputs as a tuple.
-    before, after: inputs that are not parameters of the method, placed before and after them.
+    before: inputs that are not parameters of the method; they come first.
     """
     names = [declared.name for declared in params(method)]
 
@@ -61,7 +60,7 @@ def node(
                 category=f"Quickstep/{category}",
                 description=f"{summary(method)}\n{method.paper}",
                 search_aliases=[method.title, method.id, method.paper],
-                inputs=[*before, *inputs(method), *after],
+                inputs=[*before, *inputs(method)],
                 outputs=outputs,
             )
 

@@ -49,7 +49,7 @@ class DrawSchedule(io.ComfyNode):
             search_aliases=["plot sigmas", "sigma graph", "show schedule"],
             is_output_node=True,
             inputs=[
-                io.Sigmas.Input("sigmas"),
+                io.Sigmas.Input("sigmas", tooltip="The schedule to draw."),
                 io.Combo.Input(
                     "show",
                     options=["sigma", "lambda"],

@@ -41,7 +41,9 @@ class GaussianMixture:
     def gaussian(cls, mean: float, variance: float, d: int = 4) -> GaussianMixture:
         """A single isotropic Gaussian; variance 0 is a point mass."""
         one = torch.ones(1, d, dtype=torch.float64)
-        return cls(torch.ones(1, dtype=torch.float64), mean * one, variance * one, torch.eye(d, dtype=torch.float64)[None])
+        return cls(
+            torch.ones(1, dtype=torch.float64), mean * one, variance * one, torch.eye(d, dtype=torch.float64)[None]
+        )
 
     def denoiser(self, process: ForwardProcess):
         """The ideal ``(x, t) -> x_0`` under ``process``."""

@@ -21,40 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from .method import param
+from .noise import SOURCES
 from .solver import Problem, Solver, Step
-
-
-def phi(k: int, z: float) -> float:
-    """phi_k(z) = sum_{j>=0} z^j / (j + k)!, the functions of exponential integrators; phi_0 is exp.
-
-    The recursion phi_k = (phi_{k-1} - 1/(k-1)!) / z cancels for small z, where the series is used instead.
-    """
-    if abs(z) < 0.5 * (k + 1):
-        term = total = 1.0 / math.factorial(k)
-        for j in range(1, 30):
-            term *= z / (j + k)
-            total += term
-        return total
-    value = math.exp(z)
-    for j in range(k):
-        value = (value - 1.0 / math.factorial(j)) / z
-    return value
-
-
-def moments(k: int, H: float) -> list[float]:
-    """The integrals of u^m against the kernel, m < k:  M_m = int_0^1 H e^{-H (1-u)} u^m du = H m! phi_{m+1}(-H)."""
-    return [H * math.factorial(m) * phi(m + 1, -H) for m in range(k)]
-
-
-def weights(u: Sequence[float], M: Sequence[float]) -> list[float]:
-    """Weights w_j with sum_j w_j u_j^m = M_m: integrate the polynomial through the nodes ``u``."""
-    if len(u) == 1:
-        return [M[0]]
-    return np.linalg.solve(np.vander(u, increasing=True).T, M).tolist()
+from .weights import data_moments, weights
 
 
 @dataclass(frozen=True)
@@ -115,7 +87,7 @@ class ExponentialSolver(Solver):
         kappa = self.kappa(h)
         H = h - math.log(kappa) if kappa > 0.0 else math.inf
         if math.isfinite(H):
-            w = weights([(lam - lam_s) / h for lam, _ in nodes], self.bend(moments(len(nodes), H)))
+            w = weights([(lam - lam_s) / h for lam, _ in nodes], self.bend(data_moments(len(nodes), H)))
         else:
             nodes, w = past[-1:], [1.0]
 
@@ -136,12 +108,17 @@ _LOWER_ORDER_FINAL = dict(
     advanced=True,
 )
 _S_NOISE = dict(
-    default=1.0, help="Factor on the injected noise; 1 keeps the exact variance.", min=0.0, max=2.0, step=0.01, advanced=True
+    default=1.0,
+    help="Factor on the injected noise; 1 keeps the exact variance.",
+    min=0.0,
+    max=2.0,
+    step=0.01,
+    advanced=True,
 )
 _NOISE = dict(
     default="brownian",
     help="brownian: one path per seed, so that more steps converge to the same picture. gaussian: independent noise per step.",
-    options=("brownian", "gaussian"),
+    options=tuple(SOURCES),
     advanced=True,
 )
 
@@ -163,7 +140,9 @@ class DDIM(ExponentialSolver):
     title: ClassVar[str] = "DDIM"
     paper: ClassVar[str] = "Song et al. (2020), arXiv:2010.02502"
 
-    eta: float = param(0.0, "Noise added per step: 0 none (deterministic), 1 as much as DDPM.", min=0.0, max=1.0, step=0.01)
+    eta: float = param(
+        0.0, "Noise added per step: 0 none (deterministic), 1 as much as DDPM.", min=0.0, max=1.0, step=0.01
+    )
     s_noise: float = param(**_S_NOISE)
     noise: str = param(**_NOISE)
 
@@ -175,8 +154,8 @@ class DDIM(ExponentialSolver):
         return 1
 
     @property
-    def stochastic(self) -> bool:
-        return self.eta > 0.0
+    def draws(self) -> str | None:
+        return self.noise if self.eta > 0.0 else None
 
     @property
     def noise_gain(self) -> float:
@@ -189,13 +168,33 @@ class DDIM(ExponentialSolver):
         return M
 
 
-def _bend(M: list[float], correction: str, third_order: str) -> list[float]:
-    """The published members of the family differ from the exact integral only in one moment each."""
-    if len(M) == 2 and correction == "midpoint":
-        return [M[0], M[0] / 2]
-    if len(M) == 3 and third_order == "reference":
-        return [M[0], M[1], M[2] / 2]
-    return M
+class MultistepDPM(ExponentialSolver):
+    """Abstract: what DPM-Solver++ and its SDE share. Members declare the four parameters, each where it reads best."""
+
+    order: int
+    correction: str
+    third_order: str
+    lower_order_final: str
+
+    @property
+    def points(self) -> int:
+        return self.order
+
+    @property
+    def ends_low(self) -> str:
+        return self.lower_order_final
+
+    @property
+    def ode_order(self) -> int:
+        return 2 if self.order == 3 and self.third_order == "reference" else self.order
+
+    def bend(self, M: list[float]) -> list[float]:
+        """The published members differ from the exact integral in one moment each."""
+        if len(M) == 2 and self.correction == "midpoint":
+            return [M[0], M[0] / 2]
+        if len(M) == 3 and self.third_order == "reference":
+            return [M[0], M[1], M[2] / 2]
+        return M
 
 
 _CORRECTION = dict(
@@ -213,7 +212,7 @@ _THIRD = dict(
 
 
 @dataclass(frozen=True)
-class DPMSolverPP(ExponentialSolver):
+class DPMSolverPP(MultistepDPM):
     """DPM-Solver++ multistep (1S, 2M, 3M): the usual choice for 8 to 20 steps, one network call per step.
 
     x_t = (sigma_t / sigma_s) x_s + alpha_t sum_j w_j D_j,  sum_j w_j u_j^m = M_m,  M_m = h m! phi_{m+1}(-h),
@@ -232,38 +231,26 @@ class DPMSolverPP(ExponentialSolver):
     title: ClassVar[str] = "DPM-Solver++"
     paper: ClassVar[str] = "Lu et al. (2022), arXiv:2211.01095"
 
-    order: int = param(2, "1 is DDIM, 2 is 2M (robust), 3 is 3M (more accurate from about 12 steps and low CFG).", min=1, max=3)
+    order: int = param(
+        2, "1 is DDIM, 2 is 2M (robust), 3 is 3M (more accurate from about 12 steps and low CFG).", min=1, max=3
+    )
     correction: str = param(**_CORRECTION)
     third_order: str = param(**_THIRD)
     lower_order_final: str = param(**_LOWER_ORDER_FINAL)
 
     noise_gain: ClassVar[float] = 0.0
-
-    @property
-    def points(self) -> int:
-        return self.order
-
-    @property
-    def ends_low(self) -> str:
-        return self.lower_order_final
+    draws: ClassVar[None] = None
 
     @property
     def convergence_order(self) -> int:
-        return 2 if self.order == 3 and self.third_order == "reference" else self.order
-
-    @property
-    def stochastic(self) -> bool:
-        return False
+        return self.ode_order
 
     def kappa(self, h: float) -> float:
         return 1.0
 
-    def bend(self, M: list[float]) -> list[float]:
-        return _bend(M, self.correction, self.third_order)
-
 
 @dataclass(frozen=True)
-class SDEDPMSolverPP(ExponentialSolver):
+class SDEDPMSolverPP(MultistepDPM):
     """SDE-DPM-Solver++ (1, 2M, 3M): adds fresh noise at every step, for texture at 15 steps and more.
 
     As DPM-Solver++, with kappa = e^{-eta h} of the old noise kept and H = (1 + eta) h in the weights:
@@ -281,7 +268,9 @@ class SDEDPMSolverPP(ExponentialSolver):
     paper: ClassVar[str] = "Lu et al. (2022), arXiv:2211.01095"
 
     order: int = param(2, "Predictions used per step: 1, 2 (2M) or 3 (3M).", min=1, max=3)
-    eta: float = param(1.0, "Noise added per step: 0 none (DPM-Solver++), 1 the reverse SDE.", min=0.0, max=2.0, step=0.01)
+    eta: float = param(
+        1.0, "Noise added per step: 0 none (DPM-Solver++), 1 the reverse SDE.", min=0.0, max=2.0, step=0.01
+    )
     correction: str = param(**_CORRECTION)
     third_order: str = param(**_THIRD)
     s_noise: float = param(**_S_NOISE)
@@ -289,12 +278,8 @@ class SDEDPMSolverPP(ExponentialSolver):
     noise: str = param(**_NOISE)
 
     @property
-    def points(self) -> int:
-        return self.order
-
-    @property
-    def ends_low(self) -> str:
-        return self.lower_order_final
+    def draws(self) -> str | None:
+        return self.noise if self.eta > 0.0 else None
 
     @property
     def noise_gain(self) -> float:
@@ -302,16 +287,7 @@ class SDEDPMSolverPP(ExponentialSolver):
 
     @property
     def convergence_order(self) -> int:
-        if self.stochastic:
-            return min(self.order, 2)
-        return 2 if self.order == 3 and self.third_order == "reference" else self.order
-
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0.0
+        return min(self.order, 2) if self.stochastic else self.ode_order
 
     def kappa(self, h: float) -> float:
         return math.exp(-self.eta * h) if self.eta > 0.0 else 1.0  # h may be infinite
-
-    def bend(self, M: list[float]) -> list[float]:
-        return _bend(M, self.correction, self.third_order)

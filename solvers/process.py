@@ -46,6 +46,8 @@ class ForwardProcess(ABC):
     def lam(self, t: float) -> float:
         """Half log-SNR, ``log(alpha / sigma)``: ``+inf`` at t = 0, ``-inf`` where alpha = 0."""
         alpha = self.alpha(t)
+        if t < 0.0 or math.isnan(t):
+            raise ValueError(f"lambda is not defined at sigma {t!r}; a sigma cannot be negative.")
         if t == 0.0:
             return math.inf
         return math.log(alpha / t) if alpha > 0.0 else -math.inf

@@ -50,14 +50,12 @@ class Solver(Method):
     Besides ``Method``'s, subclasses declare
 
     - ``calls``: network calls per step.
-    - ``noise``: which source of ``solvers.noise`` a stochastic run draws from.
+    - ``draws``: which of ``solvers.noise.SOURCES`` a step draws from; None if it draws nothing.
     - ``convergence_order``: global order on a smooth problem, once the history is filled; with stochastic settings the
       weak order, that of the variance on Gaussian data.
-    - ``stochastic``: whether a step draws noise with these settings.
     """
 
     calls: ClassVar[int] = 1
-    noise: ClassVar[str] = "gaussian"
 
     @property
     @abstractmethod
@@ -65,7 +63,12 @@ class Solver(Method):
 
     @property
     @abstractmethod
-    def stochastic(self) -> bool: ...
+    def draws(self) -> str | None: ...
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise with these settings."""
+        return self.draws is not None
 
     @abstractmethod
     def start(self, times: Sequence[float]) -> Any:
@@ -82,12 +85,12 @@ def check_times(times: Sequence[float], process: ForwardProcess) -> None:
         if not math.isfinite(t):
             raise ValueError(f"sigmas[{i}] is {t}; every sigma must be a finite number.")
         if t < 0:
-            raise ValueError(f"sigmas[{i}] is {t:g}; a sigma cannot be negative.")
+            raise ValueError(f"sigmas[{i}] is {t!r}; a sigma cannot be negative.")
         if process.alpha(t) < 0:
-            raise ValueError(f"sigmas[{i}] is {t:g}, but this is a flow model, whose sigmas lie between 0 and 1.")
+            raise ValueError(f"sigmas[{i}] is {t!r}, but this is a flow model, whose sigmas lie between 0 and 1.")
     for i, (s, t) in enumerate(pairwise(times)):
         if t >= s:
-            raise ValueError(f"sigmas must decrease, but sigmas[{i}] is {s:g} and sigmas[{i + 1}] is {t:g}.")
+            raise ValueError(f"sigmas must decrease, but sigmas[{i}] is {s!r} and sigmas[{i + 1}] is {t!r}.")
 
 
 def solve(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[float]) -> Iterator[Step]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ VE = VarianceExploding(t_min=0.03, t_max=14.6)
 FLOW = RectifiedFlow()
 
 
-def tested_range(process: ForwardProcess) -> tuple[float, float]:
+def measuring_range(process: ForwardProcess) -> tuple[float, float]:
     """First and last time of the measurements: well inside the range, where the mixture is neither trivial nor stiff."""
     return (0.95, 0.05) if process.alpha(0.5) < 1.0 else (10.0, 0.1)
 
@@ -49,7 +50,12 @@ def graded(process: ForwardProcess, t_max: float, t_min: float, n: int, levels: 
     """
     l0, l1 = process.lam(t_max), process.lam(t_min)
     h = (l1 - l0) / n
-    return _times(process, t_max, t_min, [l0, *(l0 + h * 2.0**-j for j in range(levels, 0, -1)), *(l0 + h * i for i in range(1, n + 1))])
+    return _times(
+        process,
+        t_max,
+        t_min,
+        [l0, *(l0 + h * 2.0**-j for j in range(levels, 0, -1)), *(l0 + h * i for i in range(1, n + 1))],
+    )
 
 
 @lru_cache(maxsize=8)
@@ -63,7 +69,7 @@ Grid = Callable[[ForwardProcess, float, float, int], list[float]]
 
 def ode_errors(solver: Solver, process: ForwardProcess, grid: Grid, steps: Sequence[int]) -> list[float]:
     """Largest error on the Gaussian mixture after each number of steps."""
-    t_max, t_min = tested_range(process)
+    t_max, t_min = measuring_range(process)
     data, x, exact = _solved(process, t_max, t_min)
     problem = Problem(data.denoiser(process), process)
     return [(sample(problem, solver, x, grid(process, t_max, t_min, n)) - exact).abs().max().item() for n in steps]
@@ -74,7 +80,7 @@ def measured_order(
 ) -> float:
     """log2 of the error ratio at the finest pair of step counts above round-off (1e-9)."""
     errors = ode_errors(solver, process, grid, steps)
-    coarse, fine = [(a, b) for a, b in zip(errors, errors[1:], strict=False) if b > 1e-9][-1]
+    coarse, fine = [(a, b) for a, b in pairwise(errors) if b > 1e-9][-1]
     return math.log2(coarse / fine)
 
 
@@ -104,7 +110,7 @@ def moments_of_run(solver: Solver, process: ForwardProcess, times: Sequence[floa
 
 def measured_weak_order(solver: Solver, process: ForwardProcess, variance: float = 0.4) -> float:
     """Order at which the variance of the result converges on Gaussian data."""
-    t_max, t_min = tested_range(process)
+    t_max, t_min = measuring_range(process)
     exact = process.alpha(t_min) ** 2 * variance + t_min**2
     coarse, fine = (
         abs(moments_of_run(solver, process, graded(process, t_max, t_min, n), variance)[1] - exact) for n in (40, 80)

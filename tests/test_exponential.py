@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from quickstep_under_test.solvers.exact import GaussianMixture
-from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP, moments, phi, weights
+from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP
 from quickstep_under_test.solvers.noise import brownian, gaussian
 from quickstep_under_test.solvers.solver import Problem, sample, solve
 from quickstep_under_test.solvers.verify import (
@@ -17,11 +18,12 @@ from quickstep_under_test.solvers.verify import (
     graded,
     measured_order,
     measured_weak_order,
+    measuring_range,
     moments_of_run,
     start,
-    tested_range,
     uniform_lambda,
 )
+from quickstep_under_test.solvers.weights import data_moments, phi, weights
 
 PROCESSES = [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow")]
 
@@ -61,7 +63,7 @@ def test_cold_start_is_second_order(process):
 def test_point_mass_is_exact(solver, process):
     """With constant predictions every step is exact, on any grid: x_t = alpha_t m + (sigma_t/sigma_s)(x_s - alpha_s m)."""
     data = GaussianMixture.gaussian(mean=0.3, variance=0.0)
-    t_max, t_min = tested_range(process)
+    t_max, t_min = measuring_range(process)
     x = start(process, t_max)
     times = [t_max, 0.9 * t_max, 0.33 * t_max, 0.32 * t_max, t_min]
     got = sample(Problem(data.denoiser(process), process), solver, x, times)
@@ -75,7 +77,7 @@ def test_exact_gaussian_solution(solver, process):
     """The closed form for one Gaussian: x - alpha m shrinks with the square root of the marginal variance."""
     variance, mean = 0.4, 0.5
     data = GaussianMixture.gaussian(mean, variance)
-    t_max, t_min = tested_range(process)
+    t_max, t_min = measuring_range(process)
     x = start(process, t_max)
     got = sample(Problem(data.denoiser(process), process), solver, x, uniform_lambda(process, t_max, t_min, 400))
     marginal = [process.alpha(t) ** 2 * variance + t**2 for t in (t_max, t_min)]
@@ -103,18 +105,18 @@ def run(solver, process, times, noise=None, seed=0):
     ids=lambda s: label(s),
 )
 def test_members_that_coincide(one, other, process):
-    times = [*uniform_lambda(process, *tested_range(process), 9), 0.0]
+    times = [*uniform_lambda(process, *measuring_range(process), 9), 0.0]
     assert (run(one, process, times) - run(other, process, times)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_ddim_is_euler_in_sigma(process):
-    t_max, t_min = tested_range(process)
+    t_max, t_min = measuring_range(process)
     times = uniform_lambda(process, t_max, t_min, 7)
     denoise = GaussianMixture.random().denoiser(process)
     x = start(process, t_max)
     euler = x
-    for s, t in zip(times, times[1:], strict=False):
+    for s, t in pairwise(times):
         euler = euler + (t - s) * (euler - denoise(euler, s)) / s
     assert (sample(Problem(denoise, process), DDIM(), x, times) - euler).abs().max() < 1e-12
 
@@ -159,7 +161,7 @@ SDE = [
 @pytest.mark.parametrize("solver", SDE, ids=label)
 def test_weak_order_from_exact_moments(solver, process):
     assert abs(measured_weak_order(solver, process) - solver.convergence_order) <= 0.25
-    t_max, t_min = tested_range(process)
+    t_max, t_min = measuring_range(process)
     mean, _ = moments_of_run(solver, process, graded(process, t_max, t_min, 20), variance=0.4)
     assert abs(mean - process.alpha(t_min) * 0.5) < 1e-12
 
@@ -177,7 +179,9 @@ def test_injected_noise_keeps_the_marginal(solver, process):
 def test_s_noise_zero_draws_but_adds_nothing():
     times = uniform_lambda(VE, 10.0, 0.1, 5)
     quiet = SDEDPMSolverPP(eta=1.0, s_noise=0.0)
-    assert torch.equal(run(quiet, VE, times, gaussian(start(VE, 10.0), 1)), run(quiet, VE, times, gaussian(start(VE, 10.0), 2)))
+    assert torch.equal(
+        run(quiet, VE, times, gaussian(start(VE, 10.0), 1)), run(quiet, VE, times, gaussian(start(VE, 10.0), 2))
+    )
 
 
 def test_one_call_per_step_inputs_untouched_and_batch_rows_independent():
@@ -207,7 +211,7 @@ def test_phi_and_weights():
             u, w = (u + 1) / 2, w / 2
             integral = (w * np.exp((1 - u) * z) * u ** (k - 1)).sum() / math.factorial(k - 1)
             assert phi(k, z) == pytest.approx(integral, rel=1e-11)
-    M = moments(3, 0.8)
+    M = data_moments(3, 0.8)
     w = weights([0.0, -0.7, -1.9], M)
     assert sum(w) == pytest.approx(-math.expm1(-0.8), rel=1e-12)
     assert sum(a * u**2 for a, u in zip(w, [0.0, -0.7, -1.9], strict=True)) == pytest.approx(M[2], rel=1e-12)
@@ -253,14 +257,17 @@ def test_bad_settings_are_refused(make, words):
 
 
 def test_brownian_noise_is_one_path():
+    times = (10.0, 0.1)
     x = torch.zeros(2, 3, 4)
-    w = brownian(x, seed=5, t_max=10.0, t_min=0.1)
+    w = brownian(x, 5, times)
     whole = w(8.0, 2.0) * math.sqrt(6.0)
     parts = w(8.0, 5.0) * math.sqrt(3.0) + w(5.0, 2.0) * math.sqrt(3.0)
     assert (whole - parts).abs().max() < 1e-5
-    assert torch.equal(w(8.0, 2.0), brownian(x, seed=5, t_max=10.0, t_min=0.1)(8.0, 2.0))
-    assert not torch.equal(whole[0], whole[1])
-    big = brownian(torch.zeros(1, 20_000), seed=1, t_max=10.0, t_min=0.1)(9.0, 1.0)
+    assert torch.equal(w(8.0, 2.0), brownian(x, 5, times)(8.0, 2.0))
+    rows = [row for seed in (5, 6, 5 + 2**31, 5 + 2**40) for row in brownian(x, seed, times)(8.0, 2.0)]
+    for i, row in enumerate(rows):
+        assert not any(torch.equal(row, other) for other in rows[:i])  # no two images or seeds share a path
+    big = brownian(torch.zeros(1, 20_000), 1, times)(9.0, 1.0)
     assert abs(big.mean()) < 0.03 and abs(big.std() - 1) < 0.03
 
 

@@ -48,7 +48,7 @@ def nonuniform(steps: int, interval: int, center: float, power: float) -> list[i
 
 
 def paper(steps: int, interval: int, center: int, power: float) -> list[int]:
-    """The full steps that the authors' program uses, to reproduce published numbers.
+    """The full steps that the authors' program uses; with ``warmup`` 0, to reproduce published numbers.
 
     It takes the same spacing, but the p-th root of the negative end is the principal complex one, and of the complex
     positions only the real part is kept. Where that gives too few steps, p is lowered by 0.02 until it fits.
@@ -80,8 +80,8 @@ class DeepCache(Accelerator):
     at 512 x 512 SD 1.5 has f = 0.08, 0.22, 0.38 at depth 0, 1, 2, SDXL at 1024 x 1024 0.015, 0.04, 0.07.
 
     ``interval`` 1 gives exactly the unaccelerated result. A solver that calls the network several times per step (Heun,
-    DPM-Solver-2) has its calls counted, not its steps: one call in ``interval`` is full. With eight steps or fewer
-    there is little to reuse: the warm-up covers most of them. When noise is added in the middle of a run (restarts,
+    DPM-Solver-2) has its calls counted, not its steps: one call in ``interval`` is full. With few steps
+    there is little to reuse: of eight, the defaults leave four partial. When noise is added in the middle of a run (restarts,
     churn), the next call is full.
 
     ``depth`` counts the input blocks that stay fresh, besides the first. 0 is what diffusers calls
@@ -103,7 +103,7 @@ class DeepCache(Accelerator):
     )
     schedule: str = param(
         "uniform",
-        "How full calls are spread: evenly; denser around the center; or as in the authors' program.",
+        "How full calls are spread: evenly; denser around the center; or as in the authors' program (with warmup 0).",
         options=("uniform", "nonuniform", "paper"),
     )
     center: float = param(
@@ -167,8 +167,8 @@ class DeepCacheSession(Session):
     """Counts the calls since the last full one.
 
     A schedule of full steps p_0 < p_1 < ... is read as its gaps: after a full call in step i, p_k <= i < p_{k+1}, the
-    next ``p_{k+1} - p_k - 1`` calls are partial. With one call per step these are the scheduled steps exactly; with
-    several, one call in as many is full, and nothing that is reused is older than in the schedule.
+    next ``p_{k+1} - p_k - 1`` calls are partial. With one call per step and no warm-up these are the scheduled steps
+    exactly; with several, one call in as many is full, and nothing that is reused is older than in the schedule.
     """
 
     def __init__(self, settings: DeepCache, times: Sequence[float], window: tuple[float, float] = ALWAYS):

@@ -38,15 +38,19 @@ def model(name: str):
     return _models[name]
 
 
-def run(sigmas, solver=None, name="unet_small", shape=(1, 3, 32, 32)):
-    """A sampling run whose network must not be reached."""
+def sealed(name: str):
+    """A model whose network must not be reached."""
     made = model(name).clone()
 
     def network(*unused):
         raise AssertionError("the network was called")
 
     made.set_model_unet_function_wrapper(network)
-    guider = comfy.samplers.CFGGuider(made)
+    return made
+
+
+def run(sigmas, solver=None, name="unet_small", shape=(1, 3, 32, 32)):
+    guider = comfy.samplers.CFGGuider(sealed(name))
     condition = [[torch.zeros(1, 16, 64), {"pooled_output": torch.zeros(1, 64)}]]
     guider.set_conds(condition, condition)
     x = torch.zeros(shape)
@@ -65,7 +69,16 @@ def compare(latent=None, candidates=None, reference_steps=8):
     condition = [[torch.zeros(1, 16, 64), {"pooled_output": torch.zeros(1, 64)}]]
     latent = {"samples": torch.zeros(1, 3, 32, 32)} if latent is None else latent
     return lambda: Compare.execute(
-        model("unet_small"), condition, condition, latent, demo.load_vae(), 0, 3.0, reference_steps, 1, candidates=candidates
+        sealed("unet_small"),
+        condition,
+        condition,
+        latent,
+        demo.load_vae(),
+        0,
+        3.0,
+        reference_steps,
+        1,
+        candidates=candidates,
     )
 
 
@@ -115,20 +128,34 @@ CASES = {
     "DeepCache depth 30": (lambda: attach(model("unet_small"), DeepCache(depth=30)), "must lie between 0 and"),
     "DeepCache interval 0": (lambda: DeepCache(interval=0), "between 1 and 20"),
     "DeepCache interval 1.5": (lambda: DeepCache(interval=1.5), "whole number"),
-    "DeepCache window reversed": (lambda: attach(model("unet_small"), DeepCache(start_percent=0.8, end_percent=0.2)), "ends before it starts"),
+    "DeepCache window reversed": (
+        lambda: attach(model("unet_small"), DeepCache(start_percent=0.8, end_percent=0.2)),
+        "ends before it starts",
+    ),
     "DeepCache schedule unknown": (lambda: DeepCache(schedule="random"), "not one of"),
-    "Report of an unmeasured model": (lambda: Report.execute({"samples": torch.zeros(1)}, model("unet_small")), "not measured"),
+    "Report of an unmeasured model": (
+        lambda: Report.execute({"samples": torch.zeros(1)}, model("unet_small")),
+        "not measured",
+    ),
     # compare
     "Compare without candidates": (compare(), "no candidates"),
     "candidate with one sigma": (lambda: entered([1.0]), "at least two sigmas"),
     "candidate with no sigmas": (lambda: entered([]), "at least two sigmas"),
     "candidate with 2-D sigmas": (lambda: entered([[1.0, 0.0]]), "at least two sigmas"),
     "candidate that stops early": (lambda: entered([14.0, 1.0]), "must end in 0"),
-    "candidates from different noise": (compare(candidates={"a": entered([14.6, 0.0]), "b": entered([2.0, 0.0])}), "starts at sigma"),
+    "candidate with NaN sigmas": (compare(candidates={"a": entered([14.6, NAN, 0.0])}), "finite number"),
+    "candidate with rising sigmas": (compare(candidates={"a": entered([14.6, 20.0, 0.0])}), "must decrease"),
+    "candidates from different noise": (
+        compare(candidates={"a": entered([14.6, 0.0]), "b": entered([2.0, 0.0])}),
+        "starts at sigma",
+    ),
     # demo model, drawing
     "unknown demo network": (lambda: demo.DemoModel.execute("flux"), "not one of"),
     "draw no sigmas": (lambda: schedules.DrawSchedule.execute(torch.tensor([])), "holds no sigmas"),
-    "draw lambda without a model": (lambda: schedules.DrawSchedule.execute(torch.tensor([1.0, 0.0]), "lambda"), "connect the model"),
+    "draw lambda without a model": (
+        lambda: schedules.DrawSchedule.execute(torch.tensor([1.0, 0.0]), "lambda"),
+        "connect the model",
+    ),
 }
 
 

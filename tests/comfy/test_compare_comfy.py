@@ -70,13 +70,13 @@ def test_table_pictures_and_plot(shapes):
     assert rows["interval 1"][3:] == rows["ddim"][3:]
     assert int(rows["cached"][1].split()[0]) < 100 and float(rows["cached"][3]) > 0
     assert pictures.ndim == 4 and pictures.shape[-1] == 3 and plot.shape[1:] == (600, 960, 3)
-    assert "transformer_options" not in str(model.wrappers)  # the user's model is not wrapped
+    assert not model.wrappers and not model.attachments  # the user's model is not wrapped
 
 
 def test_own_reference(shapes):
     grid = sigmas(shapes[0], 8)
     _, _, table = compare(shapes, [candidate(DDIM(), grid)], reference=candidate(DDIM(), grid))
-    assert cells(table)["quickstep"][3] == "0.0000"
+    assert cells(table)["DDIM"][3] == "0.0000"
     assert cells(table)["reference, half"][0] == "4"
 
 
@@ -89,6 +89,11 @@ def test_refusals(shapes):
     with pytest.raises(ValueError, match="at least two sigmas"):
         candidate(DDIM(), torch.tensor([1.0]))
     low = candidate(DDIM(), torch.tensor([3.0, 1.0, 0.0]), "late")
+    for bad in ([14.6, float("nan"), 0.0], [14.6, 20.0, 0.0]):
+        with pytest.raises(ValueError, match="Candidate 'bad': sigmas"):
+            compare(shapes, [candidate(DDIM(), torch.tensor(bad), "bad")])
+    with pytest.raises(ValueError, match="fewer than 4"):
+        compare(shapes, [candidate(DDIM(), sigmas(model, 8))], reference=candidate(DDIM(), sigmas(model, 2)))
     with pytest.raises(ValueError, match="'late' starts at sigma 3, the reference at"):
         compare(shapes, [candidate(DDIM(), sigmas(model, 4)), low])
 
@@ -108,7 +113,7 @@ def test_latent_with_mask_and_another_sampler(shapes):
     latent = {"samples": torch.full((1, 3, 32, 32), 0.2), "noise_mask": torch.zeros(1, 32, 32)}
     euler = Candidate.execute(comfy.samplers.sampler_object("euler"), sigmas(model, 3)).args[0]
     assert euler.label == "euler"
-    pictures, _, table = Compare.execute(
+    _, _, table = Compare.execute(
         model, positive, negative, latent, vae, 1, 3.0, 4, 1, candidates={"candidate0": euler}
     ).args
     assert cells(table)["euler"][3] == "0.0000"  # all masked: everything stays what it was

@@ -176,6 +176,7 @@ def run(node, **given):
     return node.execute(**given).result
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("node", nodes.NODES[:-1], ids=lambda node: node.__name__)
 def test_every_schedule_node_gives_sigmas(node, sampling):
     schema = node.GET_SCHEMA()

@@ -13,9 +13,9 @@ import torch
 from comfy.k_diffusion import sampling as core
 from quickstep_under_test.nodes.bridge import process_of, sampler
 from quickstep_under_test.nodes.samplers import SOLVERS
-from quickstep_under_test.solvers import noise as noises
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP
+from quickstep_under_test.solvers.noise import SOURCES
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
 
 from . import models
@@ -35,10 +35,11 @@ class Eps(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
 class Denoiser:
     """What ComfyUI hands to a sampler function, around the exact mixture denoiser in float64."""
 
-    def __init__(self, flow: bool):
+    def __init__(self, flow: bool, noise_scale: float = 1.0):
         process = RectifiedFlow() if flow else VarianceExploding()
         self.exact = GaussianMixture.random().denoiser(process)
         sampling = (Flow if flow else Eps)()
+        sampling.noise_scale = noise_scale
         patcher = SimpleNamespace(get_model_object=lambda name: sampling)
         self.inner_model = SimpleNamespace(model_patcher=patcher, inner_model=SimpleNamespace(model_sampling=sampling))
 
@@ -46,13 +47,13 @@ class Denoiser:
         return self.exact(x, float(sigma[0]))
 
 
-def both(theirs, mine, flow, **options):
+def both(theirs, mine, flow, noise_scale=1.0, **options):
     """Results of a core sampler function and of one of ours on the same float64 problem and noise."""
     sigmas = torch.tensor(FLOW if flow else VE, dtype=torch.float64)
     x = sigmas[0] * torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    model = Denoiser(flow)
+    model = Denoiser(flow, noise_scale)
     if mine.stochastic:
-        draw = noises.source(mine.noise, x, 3, sigmas.tolist())
+        draw = SOURCES[mine.draws](x, 3, sigmas.tolist())
         options["noise_sampler"] = lambda s, t: draw(float(s), float(t))
     expected = theirs(model, x, sigmas, extra_args={}, disable=True, **options)
     got = sampler(mine).sampler_function(model, x, sigmas, extra_args={"seed": 3}, disable=True)
@@ -95,6 +96,20 @@ def test_parity_with_core(theirs, mine, flow, options):
     got, expected = both(theirs, mine, flow, **options)
     tolerance = 1e-5 if theirs is core.sample_res_multistep else 1e-9  # core computes its phi functions in float32
     assert (got - expected).abs().max() < tolerance
+
+
+def test_noise_scale_of_the_model():
+    """Models trained with noise of another size (HiDream-O1: 8) get injected noise of that size."""
+    mine = SDEDPMSolverPP(lower_order_final="never")
+    got, expected = both(core.sample_dpmpp_2m_sde, mine, True, noise_scale=8.0)
+    assert (got - expected).abs().max() < 1e-9
+    assert (both(core.sample_dpmpp_2m_sde, mine, True)[0] - got).abs().max() > 1e-3
+
+
+def test_core_dpmpp_2m_on_flow_models_interpolates_in_log_sigma():
+    """Core's takes -log sigma for lambda on flow models as well: consistent, but another method than DPM-Solver++ there."""
+    got, expected = both(core.sample_dpmpp_2m, DPMSolverPP(lower_order_final="never"), True)
+    assert 1e-4 < (got - expected).abs().max() < 0.5
 
 
 def test_the_parity_test_can_fail():
@@ -166,7 +181,12 @@ def test_inpaint_keeps_the_masked_part(solver, kind):
 
 def test_callback_once_per_step_and_last_step_is_the_prediction():
     seen = []
-    out = run(models.gaussian("flow"), DPMSolverPP(), FLOW, callback=lambda i, x0, x, total: seen.append((i, total, x0.clone())))
+    out = run(
+        models.gaussian("flow"),
+        DPMSolverPP(),
+        FLOW,
+        callback=lambda i, x0, x, total: seen.append((i, total, x0.clone())),
+    )
     assert [i for i, _, _ in seen] == list(range(len(FLOW) - 1))
     assert {total for _, total, _ in seen} == {len(FLOW) - 1}
     assert torch.allclose(seen[-1][2], out, atol=1e-6)
@@ -180,7 +200,15 @@ def test_repeated_sigmas_and_partial_runs():
     first = run(model, DDIM(), VE[:5])
     condition = models.conditioning(1)
     rest = comfy.sample.sample_custom(
-        model, torch.zeros_like(first), 1.0, sampler(DDIM()), torch.tensor(VE[4:]), condition, condition, first, disable_pbar=True
+        model,
+        torch.zeros_like(first),
+        1.0,
+        sampler(DDIM()),
+        torch.tensor(VE[4:]),
+        condition,
+        condition,
+        first,
+        disable_pbar=True,
     )
     assert torch.allclose(rest, whole, atol=1e-4)
 
