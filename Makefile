@@ -31,7 +31,7 @@ bench-orders bench-overhead bench-demo:  ## one of them
 	@$(BED) --tests run python benchmarks/$(subst demo,demo_table,$(subst bench-,,$@)).py $(ARGS)
 
 docs:         ## help pages and the README's tables, from the docstrings
-	@$(BED) --tests run python nodes/docs.py
+	@$(BED) --tests run python demo/make_docs.py
 
 workflows:    ## workflows/*.json with their thumbnails, through the real frontend
 	@$(BED) --tests run python -m demo.workflows $(ARGS)

@@ -1,18 +1,17 @@
 """Help pages and the README's method table, from docstrings, parameters and schemas: ``make docs``.
 
 A page is ``web/docs/<node id>.md``, where ComfyUI looks for it. A test fails when what is written differs from what
-this makes. Run as a program it needs ``COMFYUI_PATH``.
+this makes. ``demo/make_docs.py`` is the program.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import os
 import re
-import sys
-import types
 from pathlib import Path
+
+from ..solvers.method import params, summary
+from ..solvers.solver import Solver
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "web" / "docs"
@@ -96,21 +95,14 @@ def methods(nodes: list) -> str:
     return table(("kind", "node", "what it is", "calls per step, order", "paper"), rows)
 
 
-def summary(method: type) -> str:
-    return " ".join(inspect.cleandoc(method.__doc__).split("\n\n")[0].split())
-
-
 def costs(method: type) -> str:
     """Network calls per step and convergence order over all choices of ``order``; empty for what is no solver."""
-    if not hasattr(method, "convergence_order"):
+    if not issubclass(method, Solver):
         return ""
-    made = [method()]
-    for field in dataclasses.fields(method):
-        if field.name == "order":
-            declared = field.metadata["quickstep.param"]
-            made = [method(order=order) for order in range(declared["min"], declared["max"] + 1)]
+    choices = [range(int(p.min), int(p.max) + 1) for p in params(method) if p.name == "order"]
+    made = [method(order=order) for order in choices[0]] if choices else [method()]
     orders = sorted({solver.convergence_order for solver in made})
-    return f"{made[0].calls}, order {orders[0]}" + (f" to {orders[-1]}" if len(orders) > 1 else "")
+    return f"{method.calls}, order {orders[0]}" + (f" to {orders[-1]}" if len(orders) > 1 else "")
 
 
 def with_methods(readme: str, nodes: list) -> str:
@@ -132,16 +124,3 @@ def main(nodes: list) -> None:
     if readme.is_file():
         readme.write_text(with_methods(readme.read_text(encoding="utf-8"), nodes), encoding="utf-8")
     print(f"{len(wanted)} help pages in {PAGES.relative_to(ROOT)}")
-
-
-if __name__ == "__main__":
-    sys.path[0] = os.environ["COMFYUI_PATH"]
-    from comfy.cli_args import args
-
-    args.cpu = True
-    package = types.ModuleType("quickstep")
-    package.__path__ = [str(ROOT)]
-    sys.modules["quickstep"] = package
-    from quickstep.nodes import entry
-
-    main([node for module in entry.MODULES for node in module.NODES])
