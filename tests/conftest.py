@@ -1,5 +1,6 @@
 """The code under test is ``quickstep_under_test``: the repository as a package, without running its ``__init__``."""
 
+import signal
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,10 @@ if PACKAGE not in sys.modules:
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(ROOT)]
     sys.modules[PACKAGE] = package
+
+
+def pytest_configure(config):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside: like Ctrl-C, fixtures clean up
 
 
 @pytest.fixture(scope="session")

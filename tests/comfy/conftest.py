@@ -22,3 +22,6 @@ from comfy.cli_args import args  # noqa: E402  (before anything else of ComfyUI,
 args.cpu = os.environ.get("QUICKSTEP_DEVICE", "cpu") == "cpu"
 args.base_directory = tempfile.mkdtemp(prefix="quickstep-comfy-")
 atexit.register(shutil.rmtree, args.base_directory, ignore_errors=True)
+
+# As ComfyUI's main.py does: its package `utils` first. Later `nodes` puts comfy/ on the path, whose utils.py would hide it.
+import utils.install_util  # noqa: E402, F401
