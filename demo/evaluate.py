@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CFG = 3.0
-CALLS = 60
+CALLS = 40
 SEED = 20_000  # training draws its pictures from the generator with seed 1
 
 
