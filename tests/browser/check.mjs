@@ -74,7 +74,9 @@ async function run() {
     setTimeout(() => resolve(['timeout', 'after 5 minutes']), 300000)
     app.queuePrompt(0, 1)
   })
-  await new Promise((resolve) => setTimeout(resolve, 1000)) // the pictures load
-  const pictures = (app.rootGraph ?? app.graph).nodes.filter((node) => node.imgs?.some((img) => img.naturalWidth > 0))
-  return { kind: end[0], message: end[1], shown, drawn: pictures.map((node) => String(node.id)) }
+  const drawn = () =>
+    (app.rootGraph ?? app.graph).nodes.filter((node) => node.imgs?.some((img) => img.naturalWidth > 0))
+  for (let i = 0; i < 40 && drawn().length < new Set(shown).size; i++)
+    await new Promise((resolve) => setTimeout(resolve, 250)) // the pictures load
+  return { kind: end[0], message: end[1], shown, drawn: drawn().map((node) => String(node.id)) }
 }
