@@ -2,7 +2,7 @@
 
 256 captions from a generator that training did not use, one picture each, sampled to convergence at the recommended CFG;
 the judge says how many show what was asked. (There are only 900 full captions, and training saw them all; noise and
-pictures are new.) ``--write`` stores the scores in the weights' metadata, ``--sheet DIR`` draws the first forty.
+pictures are new.) ``--write`` stores the scores in the weights' metadata, ``--sheet FILE`` draws the first twenty.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--sheet", type=Path, help="folder for the sample sheets")
+    parser.add_argument("--sheet", type=Path, help="file for a sheet of sample pictures")
     options = parser.parse_args()
 
     import_comfy()
@@ -94,6 +94,7 @@ def main() -> None:
         _, attributes, captions = world.sample(options.pictures, generator)
         # Only what the sentence says can be asked of the picture; colour and shape are always said.
         asked = {name: attributes[name] for name in ("colour", "shape")}
+        rows = []
         for network in options.networks:
             model = demo.load_model(network)
             process = process_of(model)
@@ -125,11 +126,8 @@ def main() -> None:
                 f"{network}: CFG {options.cfg:g}, {options.calls} calls, {options.pictures} pictures: {line}",
                 flush=True,
             )
-            if options.sheet:
-                options.sheet.mkdir(parents=True, exist_ok=True)
-                shown = to_pictures(pictures[:40].movedim(1, -1))
-                rows = [("", shown[i : i + 10]) for i in range(0, 40, 10)]
-                picture_grid(rows, cell=64).save(options.sheet / f"samples_{network}.png")
+            shown = to_pictures(pictures[:20].movedim(1, -1))
+            rows += [(demo.NETWORKS[network], shown[:10]), ("", shown[10:])]
             if options.write:
                 path = ROOT / "demo" / f"{network}.safetensors"
                 with safe_open(path, "pt") as file:
@@ -139,6 +137,8 @@ def main() -> None:
                 partial = path.with_suffix(".tmp")
                 save_file(tensors, partial, metadata=metadata)
                 os.replace(partial, path)
+        if options.sheet:
+            picture_grid(rows, cell=64).save(options.sheet)
 
 
 if __name__ == "__main__":
