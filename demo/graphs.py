@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 PROMPT = "a big red circle on the left on a white background"
 STEPS = 8
 PICTURES, PLOT, TABLE = "pictures", "plot", "table"  # ids of the nodes whose outputs the demo shows
@@ -10,7 +12,7 @@ PICTURES, PLOT, TABLE = "pictures", "plot", "table"  # ids of the nodes whose ou
 class Graph(dict):
     """An API prompt under construction: ``add`` returns the node's id, ``(id, slot)`` links."""
 
-    def add(self, class_type: str, id: str | None = None, **inputs) -> str:
+    def add(self, class_type: str, id: Any = None, **inputs) -> str:
         id = id or str(len(self) + 1)
         self[id] = {
             "class_type": class_type,

@@ -153,7 +153,7 @@ class Server(Client):
     ):
         super().__init__(port or free_port())
         self.given_base, self.output, self.pack = base, output, pack
-        self.process = None
+        self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> Server:
         check_port(self.port)
@@ -191,12 +191,12 @@ class Server(Client):
                 start_new_session=True,  # Ctrl-C reaches only us; we stop the server
                 preexec_fn=_die_with_parent if sys.platform == "linux" else None,
             )
-        self._await_ready()
+        self._await_ready(self.process)
 
-    def _await_ready(self, timeout: float = 600) -> None:
+    def _await_ready(self, process: subprocess.Popen, timeout: float = 600) -> None:
         end = time.monotonic() + timeout
         while True:
-            if self.process.poll() is not None:
+            if process.poll() is not None:
                 raise Trouble(f"ComfyUI stopped while starting: {self._last_words()}")
             with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
                 self.get("/system_stats", timeout=5)
@@ -222,6 +222,11 @@ class Server(Client):
             if line.split(":")[0].endswith(("Error", "Exception")) and " " not in line.split(":")[0]
         ]
         return f"{(named or lines or ['it said nothing'])[-1]} (log: {kept})"
+
+    def wait(self) -> None:
+        """Until the server stops by itself."""
+        assert self.process is not None
+        self.process.wait()
 
     def __exit__(self, *_) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -257,7 +262,7 @@ def serve() -> None:
     say("starting ComfyUI")
     with Server(base=ROOT / "output" / "serve", output=ROOT / "output", port=int(given)) as server:
         say(f"ready: {server.url} (its log: {server.log}; Ctrl-C stops it)")
-        server.process.wait()
+        server.wait()
         raise Trouble(f"ComfyUI stopped by itself: {server._last_words()}")
 
 

@@ -237,7 +237,9 @@ def unpack(archive: Path, folder: str, target: Path) -> None:
                 continue
             file = target / path.relative_to(folder)
             file.parent.mkdir(parents=True, exist_ok=True)
-            with tar.extractfile(member) as data, open(file, "wb") as out:
+            data = tar.extractfile(member)
+            assert data is not None  # a plain file has data
+            with data, open(file, "wb") as out:
                 shutil.copyfileobj(data, out)
 
 
@@ -368,7 +370,7 @@ def matrix(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tests", action="store_true", help="with what tests/requirements.txt asks for")
     parser.add_argument("action", choices=["run", "matrix"])
     parser.add_argument("command", nargs=argparse.REMAINDER)
