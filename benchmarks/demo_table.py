@@ -31,9 +31,9 @@ SEED = 31_000  # captions and noise of the report
 TUNING = 32_000  # captions and noise of ``--sweep``, which the choices were made on
 STEPS = 8
 CHOSEN = {  # the best of ``--sweep`` on other captions and noise
-    "unet": (DPMSolverPP(order=2), schedules.KarrasSchedule()),
+    "unet": (DPMSolverPP(order=2), schedules.KarrasSchedule(rho=5.0, shift=0.7)),
     "unet_small": (DPMSolverPP(order=2), schedules.KarrasSchedule()),
-    "dit": (DPMSolverPP(order=2), schedules.CosineSchedule()),
+    "dit": (DPMSolverPP(order=2), schedules.BetaSchedule()),
 }
 
 

@@ -26,6 +26,7 @@ def import_pack(name: str = "quickstep"):
         spec = importlib.util.spec_from_file_location(
             name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
         )
+        assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -65,7 +66,7 @@ def sample(model, positive, negative, sampler, sigmas, count: int, seed: int, cf
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("networks", nargs="*", default=["unet", "unet_small", "dit"])
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--calls", type=int, default=CALLS)

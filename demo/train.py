@@ -31,6 +31,7 @@ def _import_demo():
         spec = importlib.util.spec_from_file_location(
             "quickstep_demo", HERE / "__init__.py", submodule_search_locations=[str(HERE)]
         )
+        assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules["quickstep_demo"] = module
         spec.loader.exec_module(module)
@@ -194,18 +195,18 @@ def parts(name: str, device):
     if name == "judge":
         net = judge_module.Judge()
 
-        def loss(pictures, attributes, _captions, generator):
+        def judge_loss(pictures, attributes, _captions, generator):
             noise = torch.randn(pictures.shape, generator=generator) * torch.rand(len(pictures), 1, 1, 1) * 0.05
             _, logits = net((pictures + noise).to(device))
             return sum(F.cross_entropy(logits[k], v.to(device)) for k, v in attributes.items())
 
-        return net, loss, 0.0
+        return net, judge_loss, 0.0
     if name == "text":
         net = nn.ModuleDict({"encoder": text.TextEncoder(), "reader": text.AttributeReader()})
         nn.init.normal_(net["encoder"].text_model.embeddings.token_embedding.weight, std=0.5)
         nn.init.normal_(net["encoder"].text_model.embeddings.position_embedding.weight, std=0.1)
 
-        def loss(_pictures, attributes, captions, _generator):
+        def text_loss(_pictures, attributes, captions, _generator):
             tokens = ids(captions)
             out = net["encoder"](tokens)
             end = out[torch.arange(len(tokens)), (tokens == world.END).int().argmax(1)]
@@ -216,7 +217,7 @@ def parts(name: str, device):
             logits = net["reader"](end)
             return sum(F.cross_entropy(logits[k], v.to(device)) for k, v in wanted.items())
 
-        return net, loss, 0.1
+        return net, text_loss, 0.1
     encoder = text.TextEncoder()
     encoder.load_state_dict({k: v.float() for k, v in load_file(HERE / "text_encoder.safetensors").items()})
     encoder.to(device).requires_grad_(False)
@@ -269,7 +270,8 @@ def train(name: str, steps: int, batch: int, lr: float, device: str, threads: in
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * factor
-        loss = loss_of(*world.sample(batch, generator, drop), generator)
+        pictures, attributes, captions = world.sample(batch, generator, drop)
+        loss = loss_of(pictures, attributes, captions, generator)
         for opt in opts:
             opt.zero_grad()
         loss.backward()
@@ -295,7 +297,7 @@ def train(name: str, steps: int, batch: int, lr: float, device: str, threads: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=[*RECIPES, "all"])
     parser.add_argument("--steps", type=int, help="total steps, instead of the recipe's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

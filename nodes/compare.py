@@ -223,7 +223,7 @@ class Bench:
     def __init__(self, model, positive, negative, latent: dict, seed: int, cfg: float):
         self.model, self.positive, self.negative = model, positive, negative
         self.latent, self.seed, self.cfg = latent, seed, cfg
-        self.done, self.bar = 0, None
+        self.done, self.bar = 0, comfy.utils.ProgressBar(1)
 
     def expect(self, *contenders: Contender) -> None:
         """Say what is going to be run."""
@@ -254,7 +254,9 @@ class Bench:
             seed=self.seed,
         )
         self.done += len(contender.sigmas) - 1
-        return samples.to(comfy.model_management.intermediate_device()), ledger_of(model).runs[-1]
+        ledger = ledger_of(model)
+        assert ledger is not None  # measure() gave it one
+        return samples.to(comfy.model_management.intermediate_device()), ledger.runs[-1]
 
 
 def row(contender: Contender, reports: list[RunReport], errors) -> Row:

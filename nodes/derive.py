@@ -6,7 +6,8 @@ Widget order is a file format (workflows store values by position): parameters a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -17,7 +18,7 @@ PREFIX = "Quickstep_"
 
 def widget(declared: Param) -> io.WidgetInput:
     """The node input of one declared parameter."""
-    common = dict(tooltip=declared.help, default=declared.default)
+    common: dict[str, Any] = dict(tooltip=declared.help, default=declared.default)
     if declared.advanced:
         common["advanced"] = True
     if declared.kind is bool:
@@ -42,7 +43,7 @@ def node(
     category: str,
     run: Callable[..., tuple],
     outputs: list[io.Output],
-    before: list[io.Input] = (),
+    before: Sequence[io.Input] = (),
 ) -> type[io.ComfyNode]:
     """A node class for ``method``.
 

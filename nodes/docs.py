@@ -70,7 +70,7 @@ def linked(paper: str) -> str:
 
 
 def source(thing: type) -> str:
-    file = Path(inspect.getsourcefile(inspect.unwrap(thing)))
+    file = Path(inspect.getfile(inspect.unwrap(thing)))
     return file.resolve().relative_to(ROOT).as_posix()
 
 
@@ -99,8 +99,8 @@ def costs(method: type) -> str:
     """Network calls per step and convergence order over all choices of ``order``; empty for what is no solver."""
     if not issubclass(method, Solver):
         return ""
-    choices = [range(int(p.min), int(p.max) + 1) for p in params(method) if p.name == "order"]
-    made = [method(order=order) for order in choices[0]] if choices else [method()]
+    choices = [range(int(p.min or 1), int(p.max or 1) + 1) for p in params(method) if p.name == "order"]
+    made = [method(**{"order": order}) for order in choices[0]] if choices else [method()]
     orders = sorted({solver.convergence_order for solver in made})
     return f"{method.calls}, order {orders[0]}" + (f" to {orders[-1]}" if len(orders) > 1 else "")
 

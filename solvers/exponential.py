@@ -19,7 +19,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -101,13 +101,13 @@ class ExponentialSolver(Solver):
         return Step(x, x0, after)
 
 
-_LOWER_ORDER_FINAL = dict(
+_LOWER_ORDER_FINAL: dict[str, Any] = dict(
     default="auto",
     help="Fall back to lower order in the last steps, which steadies short runs. auto: below 15 steps.",
     options=("auto", "always", "never"),
     advanced=True,
 )
-_S_NOISE = dict(
+_S_NOISE: dict[str, Any] = dict(
     default=1.0,
     help="Factor on the injected noise; 1 keeps the exact variance.",
     min=0.0,
@@ -115,7 +115,7 @@ _S_NOISE = dict(
     step=0.01,
     advanced=True,
 )
-_NOISE = dict(
+_NOISE: dict[str, Any] = dict(
     default="brownian",
     help="brownian: one path per seed, so that more steps converge to the same picture. gaussian: independent noise per step.",
     options=tuple(SOURCES),
@@ -197,12 +197,12 @@ class MultistepDPM(ExponentialSolver):
         return M
 
 
-_CORRECTION = dict(
+_CORRECTION: dict[str, Any] = dict(
     default="midpoint",
     help="Second-order term: midpoint (DPM-Solver++'s own) or taylor (the exact integral, also called heun or RES 2M).",
     options=("midpoint", "taylor"),
 )
-_THIRD = dict(
+_THIRD: dict[str, Any] = dict(
     default="exact",
     help="Third-order term: exact converges at order 3; reference is the published formula, which converges at order 2 but is "
     "steadier at few steps with high CFG.",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class ForwardProcess(ABC):
         return np.array([self.lam(float(v)) for v in np.atleast_1d(t)])
 
     @abstractmethod
-    def t_of_rho(self, rho):
+    def t_of_rho(self, rho) -> Any:
         """Inverse of ``rho``; accepts arrays and infinity."""
 
     def t_of_lam(self, lam: float) -> float:
@@ -95,7 +96,7 @@ class VarianceExploding(ForwardProcess):
     def alpha(self, t: float) -> float:
         return 1.0
 
-    def t_of_rho(self, rho):
+    def t_of_rho(self, rho) -> Any:
         return rho
 
 
@@ -109,6 +110,6 @@ class RectifiedFlow(ForwardProcess):
     def alpha(self, t: float) -> float:
         return 1.0 - t
 
-    def t_of_rho(self, rho):
+    def t_of_rho(self, rho) -> Any:
         rho = np.asarray(rho, dtype=np.float64)
         return np.where(np.isinf(rho), 1.0, rho / (1.0 + np.where(np.isinf(rho), 0.0, rho)))[()]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ..method import Method
 from ..process import ForwardProcess
 
-SHIFT = dict(
+SHIFT: dict[str, Any] = dict(
     default=1.0,
     help="Multiplies the noise-to-signal ratio of every sigma but the first, which stays: above 1 spends more steps at "
     "high noise. On flow models this is SD3's shift, on top of the model's own; 1 changes nothing.",
@@ -24,14 +25,14 @@ SHIFT = dict(
     max=100.0,
     step=0.01,
 )
-SPACE = dict(
+SPACE: dict[str, Any] = dict(
     default="ratio",
     help="What the formula is applied to: ratio, noise to signal, which is right for flow models too; or sigma as it "
     "is, as ComfyUI's own nodes do. The same on models that are not flow models.",
     options=("ratio", "sigma"),
     advanced=True,
 )
-SIGMA_CUT = dict(
+SIGMA_CUT: dict[str, Any] = dict(
     default=0.999,
     help="Flow models only: they start at sigma 1, where noise to signal is infinite, so the formula starts here and "
     "its first sigma is then set to 1. Lower spends fewer steps on nearly pure noise.",
