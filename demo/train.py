@@ -198,7 +198,7 @@ def parts(name: str, device):
         def judge_loss(pictures, attributes, _captions, generator):
             noise = torch.randn(pictures.shape, generator=generator) * torch.rand(len(pictures), 1, 1, 1) * 0.05
             _, logits = net((pictures + noise).to(device))
-            return sum(F.cross_entropy(logits[k], v.to(device)) for k, v in attributes.items())
+            return torch.stack([F.cross_entropy(logits[k], v.to(device)) for k, v in attributes.items()]).sum()
 
         return net, judge_loss, 0.0
     if name == "text":
@@ -215,7 +215,7 @@ def parts(name: str, device):
                 said = torch.tensor([words[int(i)] in c for i, c in zip(attributes[k], captions, strict=True)])
                 wanted[k][~said] = len(words)
             logits = net["reader"](end)
-            return sum(F.cross_entropy(logits[k], v.to(device)) for k, v in wanted.items())
+            return torch.stack([F.cross_entropy(logits[k], v.to(device)) for k, v in wanted.items()]).sum()
 
         return net, text_loss, 0.1
     encoder = text.TextEncoder()
