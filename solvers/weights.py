@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 
 def phi(k: int, z: float) -> float:
     """phi_k(z) = sum_{j>=0} z^j / (j + k)!, the functions of exponential integrators; phi_0 is exp.
@@ -35,6 +33,11 @@ def weights(u: Sequence[float], M: Sequence[float]) -> list[float]:
 
     u: the k nodes, in units of the step (0 is its start, 1 its end). M: the moments of the kernel. Both of length k.
     """
-    if len(u) == 1:
-        return [M[0]]
-    return np.linalg.solve(np.vander(u, increasing=True).T, M).tolist()
+    found = []
+    for j, u_j in enumerate(u):
+        c = [1.0]  # coefficients of the Lagrange polynomial that is 1 at u_j and 0 at the other nodes
+        for i, u_i in enumerate(u):
+            if i != j:
+                c = [(a - u_i * b) / (u_j - u_i) for a, b in zip([0.0, *c], [*c, 0.0], strict=True)]
+        found.append(sum(a * m for a, m in zip(c, M, strict=True)))
+    return found
