@@ -90,7 +90,10 @@ class Client:
         progress: called with the node id, done and total, as the server reports them.
         Raises ``Trouble`` with ComfyUI's own words if it refuses the prompt or a node fails.
         """
-        return asyncio.run(asyncio.wait_for(self._run(prompt, progress), timeout))
+        try:
+            return asyncio.run(asyncio.wait_for(self._run(prompt, progress), timeout))
+        except (TimeoutError, asyncio.TimeoutError) as error:  # two classes before Python 3.11
+            raise Trouble(f"the workflow did not finish within {timeout:.0f} s; is the machine busy?") from error
 
     async def _run(self, prompt, progress) -> dict:
         import aiohttp  # comes with ComfyUI
