@@ -13,7 +13,7 @@ demo:         ## pictures and the comparison table, into output/
 serve:        ## the real interface on http://127.0.0.1:8188 (PORT=...), with the pack and its demo model
 	@$(BED) run python -m demo.server $(PORT)
 
-test:         ## all tests; ARGS="tests/solvers -k ddim" for some
+test:         ## all tests; ARGS="tests/test_exponential.py -k order" for some
 	@$(BED) --tests run pytest $(ARGS)
 
 test-matrix:  ## the smoke tests on every supported ComfyUI
@@ -24,7 +24,7 @@ lint:         ## ruff and pyright
 	@$(BED) --tests run ruff format --check .
 	@$(BED) --tests run pyright
 
-bench:        ## measurements, into output/
+bench:        ## measurements, into benchmarks/results/
 	@$(BED) --tests run python benchmarks/run.py $(ARGS)
 
 bench-orders bench-overhead bench-demo:  ## one of them

@@ -1,7 +1,7 @@
 """Declared methods: a frozen dataclass whose fields are ``param(...)``, from which nodes, help pages and tables derive.
 
 Default, bounds, choices and help text of a parameter stand here once. ``nodes.derive`` turns them into node inputs and
-tooltips, ``tools/docs.py`` into help pages and the README's table; a value out of bounds is refused at construction.
+tooltips, ``nodes/docs.py`` into help pages and the README's table; a value out of bounds is refused at construction.
 """
 
 from __future__ import annotations
