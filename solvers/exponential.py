@@ -9,122 +9,23 @@ D being the predicted clean sample along the way. kappa = 1 is the probability-f
 arXiv:2211.01095, eq. 8), kappa = e^{-eta h} the reverse SDE scaled by eta (ibid., eq. 18 at eta = 1), and
 kappa^2 = 1 - eta^2 (1 - e^{-2h}) is DDIM with eta (Song et al. 2020, arXiv:2010.02502, eq. 16).
 
-D(u) is replaced by the polynomial through the newest k predictions, whose integral is a weighted sum of them: one small
-linear system for the weights, one routine for all members.
+D(u) is replaced by the polynomial through the newest k predictions: ``multistep.py`` does the rest.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
+from .declared import FRAME, LOWER_ORDER_FINAL, NOISE, S_NOISE
+from .kernel import Data
 from .method import param
-from .noise import SOURCES
-from .solver import Problem, Solver, Step
-from .weights import data_moments, weights
+from .multistep import Multistep, Place, Rule
 
 
 @dataclass(frozen=True)
-class History:
-    """Past predictions ``(lambda, x0)``, newest last, and how many steps are left, the coming one included."""
-
-    past: tuple[tuple[float, torch.Tensor], ...]
-    left: int
-    total: int
-
-
-@dataclass(frozen=True)
-class ExponentialSolver(Solver):
-    """Abstract: the shared step. Members say which kappa and which moments they use."""
-
-    calls: ClassVar[int] = 1
-
-    @property
-    @abstractmethod
-    def points(self) -> int:
-        """How many predictions enter a step."""
-
-    @abstractmethod
-    def kappa(self, h: float) -> float:
-        """Share of the old noise kept over a step of length h (which may be infinite)."""
-
-    @abstractmethod
-    def bend(self, M: list[float]) -> list[float]:
-        """The moments the member really uses, given the exact ones."""
-
-    @property
-    @abstractmethod
-    def noise_gain(self) -> float:
-        """Factor on the drawn noise, 1 for the exact marginals."""
-
-    @property
-    @abstractmethod
-    def ends_low(self) -> str:
-        """``always``, ``never`` or ``auto`` (below 15 steps): whether the last steps fall back to lower order."""
-
-    def start(self, times: Sequence[float]) -> History:
-        return History((), len(times) - 1, len(times) - 1)
-
-    def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: History) -> Step:
-        process = problem.process
-        x0 = problem.denoise(x, s)
-        past = (*state.past, (process.lam(s), x0))[-self.points :]
-        after = History(past, state.left - 1, state.total)
-        if t == 0.0:  # lambda = +inf: I is the prediction itself, no noise is left
-            return Step(x0, x0, after)
-
-        lam_s, lam_t = process.lam(s), process.lam(t)
-        h = lam_t - lam_s
-        low = self.ends_low == "always" or (self.ends_low == "auto" and state.total < 15)
-        k = min(self.points, state.left) if low else self.points
-        # A node at lambda = -inf (pure noise) cannot carry a polynomial: its step is first order and it is not kept.
-        nodes = [node for node in past[-k:] if math.isfinite(node[0])] if math.isfinite(h) else past[-1:]
-        kappa = self.kappa(h)
-        H = h - math.log(kappa) if kappa > 0.0 else math.inf
-        if math.isfinite(H):
-            w = weights([(lam - lam_s) / h for lam, _ in nodes], self.bend(data_moments(len(nodes), H)))
-        else:
-            nodes, w = past[-1:], [1.0]
-
-        alpha_t, sigma_t = process.alpha(t), process.sigma(t)
-        x = x * (sigma_t / process.sigma(s) * kappa)
-        for (_, prediction), weight in zip(nodes, w, strict=True):
-            x = x.add_(prediction, alpha=alpha_t * weight)
-        gain = sigma_t * math.sqrt(1.0 - kappa * kappa) * self.noise_gain * process.noise_scale
-        if gain > 0.0:
-            x = x.add_(problem.noise(s, t), alpha=gain)
-        return Step(x, x0, after)
-
-
-_LOWER_ORDER_FINAL: dict[str, Any] = dict(
-    default="auto",
-    help="Fall back to lower order in the last steps, which steadies short runs. auto: below 15 steps.",
-    options=("auto", "always", "never"),
-    advanced=True,
-)
-_S_NOISE: dict[str, Any] = dict(
-    default=1.0,
-    help="Factor on the injected noise; 1 keeps the exact variance.",
-    min=0.0,
-    max=2.0,
-    step=0.01,
-    advanced=True,
-)
-_NOISE: dict[str, Any] = dict(
-    default="brownian",
-    help="brownian: one path per seed, so that more steps converge to the same picture. gaussian: independent noise per step.",
-    options=tuple(SOURCES),
-    advanced=True,
-)
-
-
-@dataclass(frozen=True)
-class DDIM(ExponentialSolver):
+class DDIM(Multistep):
     """First-order sampler, from deterministic (eta 0) to the ancestral DDPM sampler (eta 1).
 
     x_t = alpha_t D + sigma_t [sqrt(1 - eta^2 (1 - q^2)) eps + eta sqrt(1 - q^2) z],
@@ -143,11 +44,11 @@ class DDIM(ExponentialSolver):
     eta: float = param(
         0.0, "Noise added per step: 0 none (deterministic), 1 as much as DDPM.", min=0.0, max=1.0, step=0.01
     )
-    s_noise: float = param(**_S_NOISE)
-    noise: str = param(**_NOISE)
+    s_noise: float = param(**S_NOISE)
+    noise: str = param(**NOISE)
 
-    points: ClassVar[int] = 1
-    ends_low: ClassVar[str] = "never"
+    span: ClassVar[int] = 1
+    in_frame: ClassVar[str] = "snr"
 
     @property
     def convergence_order(self) -> int:
@@ -157,18 +58,11 @@ class DDIM(ExponentialSolver):
     def draws(self) -> str | None:
         return self.noise if self.eta > 0.0 else None
 
-    @property
-    def noise_gain(self) -> float:
-        return self.s_noise
-
-    def kappa(self, h: float) -> float:
-        return math.sqrt(1.0 + self.eta**2 * math.expm1(-2.0 * h))
-
-    def bend(self, M: list[float]) -> list[float]:
-        return M
+    def rule(self, place: Place) -> Rule:
+        return Rule(Data(), kappa=math.sqrt(1.0 + self.eta**2 * math.expm1(-2.0 * place.h)), gain=self.s_noise)
 
 
-class MultistepDPM(ExponentialSolver):
+class MultistepDPM(Multistep):
     """Abstract: what DPM-Solver++ and its SDE share. Members declare the four parameters, each where it reads best."""
 
     order: int
@@ -177,18 +71,18 @@ class MultistepDPM(ExponentialSolver):
     lower_order_final: str
 
     @property
-    def points(self) -> int:
+    def span(self) -> int:
         return self.order
-
-    @property
-    def ends_low(self) -> str:
-        return self.lower_order_final
 
     @property
     def ode_order(self) -> int:
         return 2 if self.order == 3 and self.third_order == "reference" else self.order
 
-    def bend(self, M: list[float]) -> list[float]:
+    def rule_with(self, place: Place, kappa: float = 1.0, gain: float = 1.0) -> Rule:
+        points = place.points(self.order, self.lower_order_final)
+        return Rule(Data(), points, kappa=kappa, gain=gain, bend=self._bend)
+
+    def _bend(self, M: list[float], H: float) -> list[float]:
         """The published members differ from the exact integral in one moment each."""
         if len(M) == 2 and self.correction == "midpoint":
             return [M[0], M[0] / 2]
@@ -236,17 +130,21 @@ class DPMSolverPP(MultistepDPM):
     )
     correction: str = param(**_CORRECTION)
     third_order: str = param(**_THIRD)
-    lower_order_final: str = param(**_LOWER_ORDER_FINAL)
+    lower_order_final: str = param(**LOWER_ORDER_FINAL)
+    frame: str = param(**FRAME)
 
-    noise_gain: ClassVar[float] = 0.0
     draws: ClassVar[None] = None
 
     @property
     def convergence_order(self) -> int:
         return self.ode_order
 
-    def kappa(self, h: float) -> float:
-        return 1.0
+    @property
+    def in_frame(self) -> str:
+        return "vef" if self.frame == "vef" else "snr"
+
+    def rule(self, place: Place) -> Rule:
+        return self.rule_with(place)
 
 
 @dataclass(frozen=True)
@@ -273,21 +171,20 @@ class SDEDPMSolverPP(MultistepDPM):
     )
     correction: str = param(**_CORRECTION)
     third_order: str = param(**_THIRD)
-    s_noise: float = param(**_S_NOISE)
-    lower_order_final: str = param(**_LOWER_ORDER_FINAL)
-    noise: str = param(**_NOISE)
+    s_noise: float = param(**S_NOISE)
+    lower_order_final: str = param(**LOWER_ORDER_FINAL)
+    noise: str = param(**NOISE)
 
     @property
     def draws(self) -> str | None:
         return self.noise if self.eta > 0.0 else None
 
-    @property
-    def noise_gain(self) -> float:
-        return self.s_noise
+    in_frame: ClassVar[str] = "snr"
 
     @property
     def convergence_order(self) -> int:
         return min(self.order, 2) if self.stochastic else self.ode_order
 
-    def kappa(self, h: float) -> float:
-        return math.exp(-self.eta * h) if self.eta > 0.0 else 1.0  # h may be infinite
+    def rule(self, place: Place) -> Rule:
+        kappa = math.exp(-self.eta * place.h) if self.eta > 0.0 else 1.0  # h may be infinite
+        return self.rule_with(place, kappa, self.s_noise)

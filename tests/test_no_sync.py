@@ -44,4 +44,4 @@ class Count(TorchDispatchMode):
 def test_a_step_is_a_handful_of_operators(solver):
     with Count() as count:
         sample(Problem(lambda x, t: x * 0.5, VarianceExploding()), solver, torch.randn(2, 4, 8, 8), TIMES)
-    assert count.operators <= 5 * (1 + 1 + solver.points)  # the stand-in network, the scaling, one per prediction
+    assert count.operators <= 5 * (1 + 1 + solver.span)  # the stand-in network, the scaling, one per prediction

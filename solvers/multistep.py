@@ -1,0 +1,235 @@
+"""The linear multistep predictor-corrector: one engine for DDIM, DPM-Solver++, DEIS, PLMS, UniPC, SA-Solver and their like.
+
+A step from s to t, with the newest predictions m_j at places u_j (u = 0 at s, 1 at t):
+
+    predict   x_t = A x_s + B sum_j w_j m_j + sigma_t sqrt(1 - kappa^2) z,     sum_j w_j u_j^k = M_k
+    correct   the same x_s and z, once the network has been asked at the predicted x_t: that answer is one more node, u = 1
+
+A ``Rule`` says what a step does: kernel, number of points of predictor and corrector, kappa, what is done to the moments.
+A method is a function from a place in the run to a rule. The corrector costs nothing: its evaluation is the one the next
+step needs anyway (the value at the predicted point is kept, "PEC"), or is repeated at the corrected point ("PECE").
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from .kernel import Data, Kernel, axpy, framed
+from .process import ForwardProcess
+from .solver import Problem, Solver, Step
+from .weights import weights
+
+Bend = Callable[[list[Any], float], list[Any]]
+"""``(M, h) -> M``: the moments a published method really uses; h is the step in lambda plus -log kappa."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the run a step is: from s to t, step ``i`` of ``total``, ``known`` predictions (the one at s included)."""
+
+    process: ForwardProcess
+    s: float
+    t: float
+    i: int
+    total: int
+    known: int
+
+    @property
+    def left(self) -> int:
+        """Steps still to take, this one included."""
+        return self.total - self.i
+
+    @property
+    def h(self) -> float:
+        """Length in lambda; infinite from pure noise."""
+        return self.process.lam(self.t) - self.process.lam(self.s)
+
+    def points(self, wanted: int, lower_order_final: str = "never") -> int:
+        """``wanted``, or fewer at the end: ``always``, ``never`` or ``auto`` (runs below 15 steps)."""
+        low = lower_order_final == "always" or (lower_order_final == "auto" and self.total < 15)
+        return min(wanted, self.left) if low else wanted
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One step.
+
+    points: predictions the predictor uses, fewer while fewer are known.
+    corrector: predictions the corrector uses, the one at the predicted point included; 0 for none.
+    again: whether the corrected point is evaluated once more (one more network call).
+    bend: what is done to the exact moments; None for nothing.
+    shares: fixed weights relative to M_0, newest last, instead of the exact ones (Adams-Bashforth on equal steps).
+    gain: factor on the injected noise; 1 keeps the marginal exact.
+    """
+
+    kernel: Kernel
+    points: int = 1
+    corrector: int = 0
+    again: bool = False
+    kappa: float = 1.0
+    bend: Bend | None = None
+    shares: tuple[float, ...] | None = None
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One past prediction: its time and its value under each kernel key the solver keeps."""
+
+    t: float
+    values: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A predicted step waiting for its correction: ``base`` is A x_s with the noise already in it."""
+
+    rule: Rule
+    place: Place
+    base: torch.Tensor
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a multistep method remembers; nodes newest last. ``memory`` belongs to ``Hooks``."""
+
+    total: int
+    i: int = 0
+    nodes: tuple[Node, ...] = ()
+    pending: Pending | None = None
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Where a method may reach into a step. Both get and return the run's ``memory``.
+
+    revise: ``(place, nodes, memory) -> (nodes, memory)``, before the predictor; may replace stored predictions.
+    turn: ``(place, p, nodes, memory) -> (p, memory)``; p = sum_j w_j m_j / M_0 is the mean prediction over the step.
+    """
+
+    revise: Callable[[Place, tuple[Node, ...], Any], tuple[tuple[Node, ...], Any]] | None = None
+    turn: Callable[[Place, torch.Tensor, tuple[Node, ...], Any], tuple[torch.Tensor, Any]] | None = None
+
+
+class Multistep(Solver):
+    """Abstract: a method given by its rules. Members also say in which ``frame`` ("snr" or "vef") they work."""
+
+    calls: ClassVar[int] = 1
+    kernels: ClassVar[tuple[Kernel, ...]] = (Data(),)
+    """Under which kernels predictions are kept."""
+
+    @property
+    @abstractmethod
+    def span(self) -> int:
+        """How many predictions are kept."""
+
+    @property
+    @abstractmethod
+    def in_frame(self) -> str: ...
+
+    @abstractmethod
+    def rule(self, place: Place) -> Rule:
+        """How the step at ``place`` is taken."""
+
+    @property
+    def hooks(self) -> Hooks:
+        return NO_HOOKS
+
+    def start(self, times: Sequence[float]) -> History:
+        return History(len(times) - 1)
+
+    def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: History) -> Step:
+        return self.advance(problem, x, s, t, state, self.hooks)
+
+    def advance(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: History, hooks: Hooks) -> Step:
+        """``step`` with hooks of a wrapper's own."""
+        process = framed(problem.process, self.in_frame)
+        x0 = problem.denoise(x, s)
+        nodes = (*state.nodes, self._node(process, x, x0, s))
+        if state.pending is not None and (t > 0.0 or state.pending.rule.again):
+            x = correct(process, state.pending, nodes[-1])
+            if state.pending.rule.again:
+                x0 = problem.denoise(x, s)
+                nodes = (*nodes[:-1], self._node(process, x, x0, s))
+        if t == 0.0:  # lambda = +inf: the integral is the prediction itself, no noise is left
+            return Step(x0, x0, replace(state, i=state.i + 1, pending=None))
+
+        place = Place(process, s, t, state.i, state.total, len(nodes))
+        memory = state.memory
+        if hooks.revise is not None:
+            nodes, memory = hooks.revise(place, nodes, memory)
+        rule = self.rule(place)
+        base, B = _base(problem, rule, place, x)
+        pending = None
+        if math.isinf(place.h):  # from pure noise, alpha = 0: whatever the kernel, the step is first order in x0
+            x = axpy(base, x0, B)
+        else:
+            w, used = _weights(rule, place, nodes, rule.points)
+            if rule.corrector:
+                pending = Pending(rule, place, base, nodes[-self.span :])
+                base = base.clone()
+            if hooks.turn is None:
+                x = _add(base, B, w, used, rule.kernel.key)
+            else:
+                M0 = sum(w)
+                first = used[-1].values[rule.kernel.key]
+                p, memory = hooks.turn(
+                    place, _add(first * (w[-1] / M0), 1.0 / M0, w[:-1], used[:-1], rule.kernel.key), nodes, memory
+                )
+                x = axpy(base, p, B * M0)
+        return Step(x, x0, History(state.total, state.i + 1, nodes[-self.span :], pending, memory))
+
+    def _node(self, process: ForwardProcess, x: torch.Tensor, x0: torch.Tensor, t: float) -> Node:
+        return Node(t, {kernel.key: kernel.read(process, x, x0, t) for kernel in self.kernels})
+
+
+NO_HOOKS = Hooks()
+
+
+def correct(process: ForwardProcess, pending: Pending, new: Node) -> torch.Tensor:
+    """The corrected x at ``new.t``."""
+    rule, place = pending.rule, pending.place
+    w, used = _weights(rule, place, (*pending.nodes, new), rule.corrector)
+    B = rule.kernel.line(process, place.s, place.t, rule.kappa)[1]
+    return _add(pending.base.clone(), B, w, used, rule.kernel.key)
+
+
+def _add(x: torch.Tensor, B: Any, w: Sequence[Any], nodes: Sequence[Node], key: str) -> torch.Tensor:
+    """``x + B sum_j w_j m_j`` into x."""
+    for node, weight in zip(nodes, w, strict=True):
+        x = axpy(x, node.values[key], B * weight)
+    return x
+
+
+def _base(problem: Problem, rule: Rule, place: Place, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A x_s with the injected noise, and B."""
+    process = place.process
+    kernel = rule.kernel if math.isfinite(place.h) else Data()
+    A, B = kernel.line(process, place.s, place.t, rule.kappa)
+    base = x * A
+    gain = process.sigma(place.t) * math.sqrt(1.0 - rule.kappa**2) * rule.gain * process.noise_scale
+    return (base.add_(problem.noise(place.s, place.t), alpha=gain) if gain > 0.0 else base), B
+
+
+def _weights(rule: Rule, place: Place, nodes: tuple[Node, ...], points: int) -> tuple[list[Any], tuple[Node, ...]]:
+    """Weights of the newest ``points`` nodes, and these nodes, oldest first."""
+    process, kernel = place.process, rule.kernel
+    start = kernel.place(process, place.s)
+    length = kernel.place(process, place.t) - start
+    # A node at pure noise (lambda = -inf) cannot carry a polynomial: it is left out.
+    used = tuple(n for n in nodes[-points:] if math.isfinite(kernel.place(process, n.t)))
+    M = kernel.moments(process, place.s, place.t, len(used), rule.kappa)
+    if rule.shares is not None and points == rule.points:
+        return [M[0] * share for share in rule.shares[-len(used) :]], used
+    used = used[-len(M) :]  # fewer moments than nodes: all of the old noise is forgotten
+    if rule.bend is not None and rule.kappa > 0.0:
+        M = rule.bend(M, place.h - math.log(rule.kappa))
+    return weights([(kernel.place(process, n.t) - start) / length for n in used], M), used
