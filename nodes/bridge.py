@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import comfy.model_sampling
 import comfy.samplers
 import comfy.utils
@@ -9,7 +12,8 @@ import torch
 
 from ..solvers.noise import SOURCES
 from ..solvers.process import ForwardProcess, RectifiedFlow, VarianceExploding
-from ..solvers.solver import Problem, Solver, check_times, solve
+from ..solvers.solver import Denoise, Problem, Solver, check_times, no_noise, solve
+from ..solvers.transform import Transform, Transformed
 
 
 def process_from(model_sampling) -> ForwardProcess:
@@ -33,24 +37,79 @@ def process_of(model) -> ForwardProcess:
     return process_from(model.get_model_object("model_sampling"))
 
 
-def sampler(solver: Solver) -> comfy.samplers.KSAMPLER:
+class Sampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that runs ``solver``. It keeps no state between runs: ComfyUI caches and shares it."""
 
+    def __init__(self, solver: Solver):
+        super().__init__(_function(solver))
+        self.solver = solver
+
+
+sampler = Sampler
+
+
+def solver_in(given, taker: str) -> Solver:
+    """The solver of one of this pack's SAMPLERs; ``taker`` is the node that wants to build on it."""
+    if not isinstance(given, Sampler):
+        name = getattr(getattr(given, "sampler_function", None), "__name__", type(given).__name__)
+        raise ValueError(
+            f"{taker}: sampler is {name}, which is not one of Quickstep's; connect a Quickstep sampler node."
+        )
+    return given.solver
+
+
+def transformed(given, transform: Transform):
+    """A SAMPLER like ``given``, of this pack or any other, whose network is seen through ``transform``."""
+    if isinstance(given, Sampler):
+        return Sampler(Transformed(given.solver, transform))
+    inner = given.sampler_function
+
+    @torch.no_grad()
+    def sample_transformed(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        problem = _problem(model, extra_args or {})
+        seen = _Seen(model, transform.around(problem, distinct(sigmas.tolist())))
+        return inner(seen, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
+
+    sample_transformed.__name__ = f"{getattr(inner, '__name__', 'sample')}_{transform.id}"
+    return comfy.samplers.KSAMPLER(sample_transformed, given.extra_options, given.inpaint_options)
+
+
+class _Seen:
+    """ComfyUI's model as a sampler function sees it, with another denoiser in its place."""
+
+    def __init__(self, model, denoise: Denoise):
+        self._model, self._denoise = model, denoise
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def __call__(self, x, sigma, **unused):
+        times = sigma.flatten().tolist()  # other packs' samplers know sigma on the device only: one sync per call
+        return self._denoise(x, times[0] if len(set(times)) == 1 else times)
+
+
+def _problem(model, extra_args: dict, noise=no_noise) -> Problem:
+    """The problem ComfyUI poses to a sampler function."""
+    process = process_from(model.inner_model.model_patcher.get_model_object("model_sampling"))
+
+    def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
+        sigma = x.new_full((x.shape[0],), t) if isinstance(t, float) else x.new_tensor(t)
+        return model(x, sigma, **extra_args)
+
+    return Problem(denoise, process, noise, extra_args.get("denoise_mask"))
+
+
+def _function(solver: Solver):
     @torch.no_grad()
     def sample_quickstep(model, x, sigmas, extra_args=None, callback=None, disable=None):
         extra_args = extra_args or {}
         times = distinct(sigmas.tolist())
-        process = process_from(model.inner_model.model_patcher.get_model_object("model_sampling"))
-        check_times(times, process)
-
-        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
-            return model(x, x.new_full((x.shape[0],), t), **extra_args)
-
-        if solver.draws is None or len(times) < 2:
-            problem = Problem(denoise, process)
-        else:
-            problem = Problem(denoise, process, SOURCES[solver.draws](x, extra_args.get("seed") or 0, times))
+        problem = _problem(model, extra_args)
+        check_times(times, problem.process)
+        if solver.draws is not None and len(times) > 1:
+            problem = replace(problem, noise=SOURCES[solver.draws](x, extra_args.get("seed") or 0, times))
         steps = solve(problem, solver, x, times)
+        times = solver.grid(times)
         for i in comfy.utils.model_trange(len(times) - 1, disable=disable):
             step = next(steps)
             if callback is not None:
@@ -59,7 +118,7 @@ def sampler(solver: Solver) -> comfy.samplers.KSAMPLER:
         return x
 
     sample_quickstep.__name__ = f"sample_{solver.id}"  # what reports and comparisons call it
-    return comfy.samplers.KSAMPLER(sample_quickstep)
+    return sample_quickstep
 
 
 def distinct(times: list[float]) -> list[float]:

@@ -10,6 +10,7 @@ valid for any forward process. Solvers are measured on it to machine precision, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +49,9 @@ class GaussianMixture:
     def denoiser(self, process: ForwardProcess):
         """The ideal ``(x, t) -> x_0`` under ``process``."""
 
-        def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
+            if not isinstance(t, float):
+                return torch.cat([denoise(row[None], float(at)) for row, at in zip(x, t, strict=True)])
             alpha, sigma = process.alpha(t), process.sigma(t)
             flat = x.reshape(x.shape[0], -1)
             y = torch.einsum("kij,bki->bkj", self.Q, flat[:, None] - alpha * self.m)

@@ -14,8 +14,10 @@ import torch
 from .method import Method
 from .process import ForwardProcess
 
-Denoise = Callable[[torch.Tensor, float], torch.Tensor]
-"""``(x_t, t) -> x_0``: the network's guess of the clean sample, guidance and masks included. One call is one NFE."""
+Denoise = Callable[[torch.Tensor, float | Sequence[float]], torch.Tensor]
+"""``(x_t, t) -> x_0``: the network's guess of the clean sample, guidance and masks included. One call is one NFE.
+
+t is one time for the whole batch; only solvers with a step size per sample give a sequence, one time for each row."""
 
 Noise = Callable[[float, float], torch.Tensor]
 """``(s, t) -> z``: standard normal noise for the interval from s down to t, of the shape, dtype and device of x."""
@@ -27,11 +29,16 @@ def no_noise(s: float, t: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be solved: ``dx/dt`` given by a denoiser and a forward process, and where noise comes from."""
+    """What is to be solved: ``dx/dt`` given by a denoiser and a forward process, and where noise comes from.
+
+    mask: 1 where the sample is edited, broadcastable to x; None: everywhere. For statistics only (``region.py``): the
+        denoiser takes care of the kept part itself.
+    """
 
     denoise: Denoise
     process: ForwardProcess
     noise: Noise = no_noise
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Solver(Method):
 
     Besides ``Method``'s, subclasses declare
 
-    - ``calls``: network calls per step.
+    - ``calls``: network calls per step; a last step to t = 0 takes one.
     - ``draws``: which of ``solvers.noise.SOURCES`` a step draws from; None if it draws nothing.
     - ``convergence_order``: global order on a smooth problem, once the history is filled; with stochastic settings the
       weak order, that of the variance on Gaussian data.
@@ -69,6 +76,14 @@ class Solver(Method):
     def stochastic(self) -> bool:
         """Whether a step draws noise with these settings."""
         return self.draws is not None
+
+    def nfe(self, steps: int) -> int | None:
+        """Network calls of a run over ``steps`` steps to t = 0; None where the data decide."""
+        return self.calls * (steps - 1) + 1 if steps > 0 else 0
+
+    def grid(self, times: Sequence[float]) -> list[float]:
+        """The times its steps really go over. Multi-call solvers that spend a budget of calls take several at once."""
+        return list(times)
 
     @abstractmethod
     def start(self, times: Sequence[float]) -> Any:
@@ -97,10 +112,12 @@ def solve(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[flo
     """Run ``solver`` over ``times`` (strictly decreasing floats), yielding every step.
 
     The only loop of the pack: previews, trajectories, early stops and optimizers all consume this iterator. The last
-    step's ``x`` is the sample at ``times[-1]``; with fewer than two times nothing is yielded.
+    step's ``x`` is the sample at ``times[-1]``; with fewer than two times nothing is yielded. A step of ``solver.grid(times)``
+    is yielded each.
     """
     times = [float(t) for t in times]
     check_times(times, problem.process)
+    times = solver.grid(times)
     state = solver.start(times)
     for s, t in pairwise(times):
         step = solver.step(problem, x, s, t, state)
@@ -113,3 +130,10 @@ def sample(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[fl
     for step in solve(problem, solver, x, times):
         x = step.x
     return x
+
+
+@dataclass(frozen=True)
+class Wrapper(Solver):
+    """Abstract: a solver made of another one, which it uses for its steps."""
+
+    solver: Solver
