@@ -96,7 +96,8 @@ def _problem(model, extra_args: dict, noise=no_noise) -> Problem:
         sigma = x.new_full((x.shape[0],), t) if isinstance(t, float) else x.new_tensor(t)
         return model(x, sigma, **extra_args)
 
-    return Problem(denoise, process, noise, extra_args.get("denoise_mask"))
+    cfg = getattr(model.inner_model, "cfg", None)  # guiders with one scale have it
+    return Problem(denoise, process, noise, extra_args.get("denoise_mask"), cfg)
 
 
 def _function(solver: Solver):

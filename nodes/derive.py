@@ -11,7 +11,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..solvers.method import Method, Param, params, summary
+from ..solvers.method import Method, Param, Part, params, parts, summary
+from .bridge import solver_in
 
 PREFIX = "Quickstep_"
 
@@ -38,6 +39,15 @@ def inputs(method: type[Method]) -> list[io.WidgetInput]:
     return [widget(declared) for declared in params(method)]
 
 
+def socket(declared: Part) -> io.Input:
+    """The node input of one declared part."""
+    return io.Sampler.Input(socket_id(declared), tooltip=declared.help)
+
+
+def socket_id(declared: Part) -> str:
+    return declared.name.replace("solver", "sampler")
+
+
 def node(
     method: type[Method],
     category: str,
@@ -48,9 +58,10 @@ def node(
     """A node class for ``method``.
 
     run: called as ``run(method(**settings), **other_inputs)``, returns the outputs as a tuple.
-    before: inputs that are not parameters of the method; they come first.
+    before: inputs that are not the method's own; they come first.
     """
     names = [declared.name for declared in params(method)]
+    solvers = {socket_id(declared): declared.name for declared in parts(method)}
 
     class Derived(io.ComfyNode):
         @classmethod
@@ -61,13 +72,14 @@ def node(
                 category=f"Quickstep/{category}",
                 description=f"{summary(method)}\n{method.paper}",
                 search_aliases=[method.title, method.id, method.paper],
-                inputs=[*before, *inputs(method)],
+                inputs=[*before, *map(socket, parts(method)), *inputs(method)],
                 outputs=outputs,
             )
 
         @classmethod
         def execute(cls, **given):
             settings = {name: given.pop(name) for name in names if name in given}
+            settings |= {name: solver_in(given.pop(key), method.title) for key, name in solvers.items()}
             return io.NodeOutput(*run(method(**settings), **given))
 
     Derived.__name__ = Derived.__qualname__ = method.id

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerators, compare, demo, samplers, schedules
+from . import accelerators, compare, demo, front, samplers, schedules
 
-MODULES = (samplers, schedules, accelerators, compare, demo)
+MODULES = (front, samplers, schedules, accelerators, compare, demo)
 
 
 class QuickstepExtension(ComfyExtension):

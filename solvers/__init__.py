@@ -1,1 +1,1 @@
-"""The mathematics of Quickstep: torch, numpy, scipy and torchsde only, no ComfyUI."""
+"""The mathematics of Quickstep: torch, numpy and scipy only, no ComfyUI."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 _KEY = "quickstep.param"
+_PART = "quickstep.part"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ def param(default, help: str, *, min=None, max=None, step=None, options=None, ad
 
 
 @dataclass(frozen=True)
+class Part:
+    """A thing a method is made with that is no widget value: another solver, a latent, a calibration."""
+
+    name: str
+    kind: str
+    help: str
+
+
+def part(kind: str, help: str):
+    """Declare a dataclass field that a node takes from a link or a file; ``nodes.derive`` knows the kinds."""
+    return dataclasses.field(metadata={_PART: dict(kind=kind, help=help)})
+
+
+@dataclass(frozen=True)
 class Method:
     """Base of everything a node is derived from: solvers, schedules, accelerators.
 
@@ -84,6 +99,11 @@ def params(method: type[Method]) -> list[Param]:
     """The declared parameters of a method, in order."""
     fields = dataclasses.fields(method)
     return [Param(name=f.name, **f.metadata[_KEY]) for f in fields if _KEY in f.metadata]
+
+
+def parts(method: type[Method]) -> list[Part]:
+    """The declared parts of a method, in order."""
+    return [Part(name=f.name, **f.metadata[_PART]) for f in dataclasses.fields(method) if _PART in f.metadata]
 
 
 def summary(method: type) -> str:

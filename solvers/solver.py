@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .method import Method
+from .method import Method, part
 from .process import ForwardProcess
 
 Denoise = Callable[[torch.Tensor, float | Sequence[float]], torch.Tensor]
@@ -33,12 +33,14 @@ class Problem:
 
     mask: 1 where the sample is edited, broadcastable to x; None: everywhere. For statistics only (``region.py``): the
         denoiser takes care of the kept part itself.
+    cfg: the guidance scale inside ``denoise``, where it is known. For choosing defaults only.
     """
 
     denoise: Denoise
     process: ForwardProcess
     noise: Noise = no_noise
     mask: torch.Tensor | None = None
+    cfg: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,4 +138,4 @@ def sample(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[fl
 class Wrapper(Solver):
     """Abstract: a solver made of another one, which it uses for its steps."""
 
-    solver: Solver
+    solver: Solver = part("solver", "The sampler to build on: one of Quickstep's.")

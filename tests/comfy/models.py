@@ -1,6 +1,6 @@
 """Small real models for tests: ComfyUI's own classes with random weights, and one whose answer is known exactly.
 
-    unet(), sdxl(), sd3(), flux(), gaussian("flow" | "eps")  ->  MODEL
+    unet(), sdxl(), sd3(), flux(), gaussian("flow" | "eps" | "v" | "zsnr")  ->  MODEL
     conditioning(...), latent(...), sample(...)              ->  what KSampler needs and does
 
 Random networks do not know anything about pictures: use them for equalities, not for quality.
@@ -142,6 +142,8 @@ class GaussNet(torch.nn.Module):
         if self.kind != "flow":
             x = x * (1 + sigma**2) ** 0.5  # EPS models see x / sqrt(1 + sigma^2)
         x0 = (self.mean * sigma**2 + alpha * self.std**2 * x) / (alpha**2 * self.std**2 + sigma**2)
+        if self.kind in ("v", "zsnr"):
+            return self.gain * (x / (1 + sigma**2) - x0) * (1 + sigma**2) ** 0.5 / sigma
         return self.gain * (x - x0) / sigma  # the velocity of a flow model, eps of an EPS model
 
 
@@ -158,9 +160,14 @@ class _GaussConfig:
 
 
 def gaussian(kind: str = "flow", mean: float = 0.5, std: float = 0.5):
-    """A MODEL whose probability-flow ODE is known in closed form. EPS rounds sigma to one of 1000."""
-    model_type = comfy.model_base.ModelType.FLOW if kind == "flow" else comfy.model_base.ModelType.EPS
+    """A MODEL whose probability-flow ODE is known in closed form: flow, eps, v or zsnr (v with zero terminal SNR).
+
+    All but flow round sigma to one of 1000.
+    """
+    types = comfy.model_base.ModelType
+    model_type = {"flow": types.FLOW, "eps": types.EPS}.get(kind, types.V_PREDICTION)
     config = _GaussConfig(kind=kind, mean=mean, std=std)
+    config.sampling_settings = {"zsnr": True} if kind == "zsnr" else {}
     model = comfy.model_base.BaseModel(config, model_type, device=torch.device("cpu"), unet_model=GaussNet)
     object.__setattr__(model.diffusion_model, "sampling", model.model_sampling)
     return _patcher(model)
