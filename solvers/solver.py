@@ -138,4 +138,4 @@ def sample(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[fl
 class Wrapper(Solver):
     """Abstract: a solver made of another one, which it uses for its steps."""
 
-    solver: Solver = part("solver", "The sampler to build on: one of Quickstep's.")
+    solver: Solver = part("solver", "The sampler to build on: one of Quickstep's.")  # noqa: RUF009
