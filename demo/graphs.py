@@ -24,14 +24,22 @@ class Graph(dict):
     def filled(self, object_info: dict) -> Graph:
         """The same with the declared default of every widget that was not given."""
         for node in self.values():
-            for name, (kind, *rest) in object_info[node["class_type"]]["input"].get("required", {}).items():
-                options = rest[0] if rest else {}
-                choices = kind if isinstance(kind, list) else options.get("options") or [None]
-                default = options.get("default", choices[0])
-                if default is not None and name not in node["inputs"]:
-                    node["inputs"][name] = default
+            _fill(node["inputs"], "", object_info[node["class_type"]]["input"])
             node["_meta"]["title"] = object_info[node["class_type"]]["display_name"]
         return self
+
+
+def _fill(given: dict, prefix: str, declared: dict) -> None:
+    """Defaults of all required widgets that ``given`` lacks, those of the chosen option of a dynamic dropdown included."""
+    for name, (kind, *rest) in declared.get("required", {}).items():
+        options = rest[0] if rest else {}
+        choices = kind if isinstance(kind, list) else options.get("options") or [None]
+        dynamic = {choice["key"]: choice["inputs"] for choice in choices if isinstance(choice, dict)}
+        default = options.get("default", next(iter(dynamic), None) if dynamic else choices[0])
+        if default is not None:
+            given.setdefault(prefix + name, default)
+        if dynamic:
+            _fill(given, f"{prefix}{name}.", dynamic[given[prefix + name]])
 
 
 def inputs(g: Graph, network: str, prompt: str, batch: int) -> tuple[str, dict, tuple]:

@@ -10,6 +10,8 @@ import inspect
 import re
 from pathlib import Path
 
+from comfy_api.latest import io
+
 from ..solvers.method import params, summary
 from ..solvers.solver import Solver
 
@@ -41,6 +43,9 @@ def input_rows(item) -> list[tuple[str, ...]]:
     declared = item.as_dict()
     tooltip, name = item.tooltip, f"`{item.id}`"
     template = getattr(item, "template", None)
+    if isinstance(item, io.DynamicCombo.Input):
+        choices = ", ".join(f"`{option.key}`" for option in item.options)
+        return [(name, "choice", f"`{item.options[0].key}`", choices, f"{tooltip} Its options appear below it.")]
     if template is not None:  # Autogrow
         declared, tooltip = template.input.as_dict(), item.tooltip or template.input.tooltip
         name, kind = f"{name} ...", f"{template.input.get_io_type()}, {template.min} or more"
