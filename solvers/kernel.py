@@ -144,7 +144,7 @@ class Noise(Kernel):
         log_s, log_t = math.log(rho_s), math.log(rho_t)
         start, end = self.place(process, s), self.place(process, t)
         moments = [0.0] * k
-        for node, weight in _quadrature():
+        for node, weight in quadrature():
             rho = math.exp(log_s + node * (log_t - log_s))
             u = (self.place(process, float(process.t_of_rho(rho))) - start) / (end - start)
             for m in range(k):
@@ -153,7 +153,7 @@ class Noise(Kernel):
 
 
 @lru_cache(maxsize=1)
-def _quadrature() -> tuple[tuple[float, float], ...]:
+def quadrature() -> tuple[tuple[float, float], ...]:
     """32 Gauss-Legendre nodes and weights on [0, 1]."""
     nodes, weights = np.polynomial.legendre.leggauss(32)
     return tuple(zip(((nodes + 1) / 2).tolist(), (weights / 2).tolist(), strict=True))

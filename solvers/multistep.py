@@ -31,14 +31,22 @@ Bend = Callable[[list[Any], float], list[Any]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run a step is: from s to t, step ``i`` of ``total``, ``known`` predictions (the one at s included)."""
+    """Where in the run a step is: from s to t, step ``i`` of ``total``.
+
+    times: when the known predictions were made, newest last; the one at s included.
+    """
 
     process: ForwardProcess
     s: float
     t: float
     i: int
     total: int
-    known: int
+    times: tuple[float, ...]
+
+    @property
+    def known(self) -> int:
+        """How many predictions are known."""
+        return len(self.times)
 
     @property
     def left(self) -> int:
@@ -162,7 +170,7 @@ class Multistep(Solver):
         if t == 0.0:  # lambda = +inf: the integral is the prediction itself, no noise is left
             return Step(x0, x0, replace(state, i=state.i + 1, pending=None))
 
-        place = Place(process, s, t, state.i, state.total, len(nodes))
+        place = Place(process, s, t, state.i, state.total, tuple(node.t for node in nodes))
         memory = state.memory
         if hooks.revise is not None:
             nodes, memory = hooks.revise(place, nodes, memory)
