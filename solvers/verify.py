@@ -87,23 +87,30 @@ def measured_order(
 def moments_of_run(solver: Solver, process: ForwardProcess, times: Sequence[float], variance: float, mean: float = 0.5):
     """Exact mean and variance of a stochastic run on scalar Gaussian data N(mean, variance), without Monte Carlo.
 
-    The ideal denoiser of a Gaussian is affine, so the result is ``a + g_T x_T + sum_k g_k z_k``; each coefficient is read
-    off one run.
+    The ideal denoiser of a Gaussian is affine, so the result is ``a + g_T x_T + sum_k g_k z_k``. All coefficients are read off
+    one run of a batch: its first row has x_T = 0 and no noise, the second x_T = 1, each further one a single z_k = 1.
     """
     denoise = GaussianMixture.gaussian(mean, variance, d=1).denoiser(process)
 
-    def outcome(x_value: float, hot: int) -> tuple[float, int]:
+    def run(rows: int) -> tuple[torch.Tensor, int]:
         drawn = iter(range(100_000))
 
         def noise(s: float, t: float) -> torch.Tensor:
-            return torch.full((1, 1), float(next(drawn) == hot), dtype=torch.float64)
+            z = torch.zeros(rows, 1, dtype=torch.float64)
+            z[2 + next(drawn) :][:1] = 1.0
+            return z
 
-        x = torch.full((1, 1), x_value, dtype=torch.float64)
-        return sample(Problem(denoise, process, noise), solver, x, times).item(), next(drawn)
+        x = torch.zeros(rows, 1, dtype=torch.float64)
+        x[1] = 1.0
+        return sample(Problem(denoise, process, noise), solver, x, times), next(drawn)
 
-    offset, draws = outcome(0.0, -1)
-    gain = outcome(1.0, -1)[0] - offset
-    spread = sum((outcome(0.0, k)[0] - offset) ** 2 for k in range(draws))
+    draws = run(2)[1]
+    outcome = run(2 + draws)[0].flatten()
+    offset, gain, spread = (
+        outcome[0].item(),
+        (outcome[1] - outcome[0]).item(),
+        (outcome[2:] - outcome[0]).square().sum().item(),
+    )
     marginal = process.alpha(times[0]) ** 2 * variance + times[0] ** 2
     return offset + gain * process.alpha(times[0]) * mean, gain**2 * marginal + spread
 
