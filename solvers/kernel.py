@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -73,6 +74,13 @@ class Kernel(ABC):
     @abstractmethod
     def moments(self, process: ForwardProcess, s: float, t: float, k: int, kappa: float) -> list[Any]:
         """M_0 .. M_{k-1}."""
+
+    def anchor(
+        self, process: ForwardProcess, s: float, t: float, times: Sequence[float], w: list[Any]
+    ) -> tuple[list[Any], Any]:
+        """Where m depends on the start s of the step: weights of the values kept from ``times``, and what is added to
+        their sum, so that it is sum_j w_j m_j plus the integral of what is known beforehand. Here: w and nothing."""
+        return w, 0.0
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,11 @@ def vp_rho(time: float) -> float:
     return math.sqrt(math.expm1(_BETA_0 * time + 0.5 * (_BETA_1 - _BETA_0) * time * time))
 
 
+def fit(c: Any, x: torch.Tensor) -> Any:
+    """c, a number or a float64 tensor on the CPU that broadcasts against x, as it can be combined with x."""
+    return c.to(x, non_blocking=True) if isinstance(c, torch.Tensor) else c
+
+
 def axpy(x: torch.Tensor, m: torch.Tensor, c: Any) -> torch.Tensor:
     """``x + c m`` into x, a tensor of ours; c is a number or a tensor that broadcasts against x."""
-    return x.add_(m, alpha=c) if isinstance(c, float) else x.add_(m * c)
+    return x.add_(m, alpha=c) if isinstance(c, float) else x.add_(m * fit(c, x))

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .kernel import Data, Kernel, axpy, framed
+from .kernel import Data, Kernel, axpy, fit, framed
 from .process import ForwardProcess
 from .solver import Problem, Solver, Step
 from .weights import weights
@@ -74,6 +74,9 @@ class Rule:
     bend: what is done to the exact moments; None for nothing.
     shares: fixed weights relative to M_0, newest last, instead of the exact ones (Adams-Bashforth on equal steps).
     gain: factor on the injected noise; 1 keeps the marginal exact.
+    reach: for each power of u, from which predictions its coefficient is taken (1 is the newest one); None: all from all.
+    start: the step starts at the start-th latest point instead of the current one, 1.
+    correct: the corrector's own points, bend, shares and reach; None: as the predictor, without its shares.
     """
 
     kernel: Kernel
@@ -84,14 +87,22 @@ class Rule:
     bend: Bend | None = None
     shares: tuple[float, ...] | None = None
     gain: float = 1.0
+    reach: tuple[tuple[int, ...], ...] | None = None
+    start: int = 1
+    correct: Rule | None = None
+
+    @property
+    def correcting(self) -> Rule:
+        return self.correct or replace(self, points=self.corrector, shares=None)
 
 
 @dataclass(frozen=True)
 class Node:
-    """One past prediction: its time and its value under each kernel key the solver keeps."""
+    """One past prediction: its time, its value under each kernel key the solver keeps, and x, corrected if it was."""
 
     t: float
     values: dict[str, torch.Tensor]
+    x: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,7 @@ class Multistep(Solver):
         nodes = (*state.nodes, self._node(process, x, x0, s))
         if state.pending is not None and (t > 0.0 or state.pending.rule.again):
             x = correct(process, state.pending, nodes[-1])
+            nodes = (*nodes[:-1], replace(nodes[-1], x=x))
             if state.pending.rule.again:
                 x0 = problem.denoise(x, s)
                 nodes = (*nodes[:-1], self._node(process, x, x0, s))
@@ -175,15 +187,18 @@ class Multistep(Solver):
         if hooks.revise is not None:
             nodes, memory = hooks.revise(place, nodes, memory)
         rule = self.rule(place)
+        if rule.start > 1:
+            place, x = replace(place, s=nodes[-rule.start].t), nodes[-rule.start].x
         base, B = _base(problem, rule, place, x)
         pending = None
         if math.isinf(place.h):  # from pure noise, alpha = 0: whatever the kernel, the step is first order in x0
             x = axpy(base, x0, B)
         else:
-            w, used = _weights(rule, place, nodes, rule.points)
+            w, used, known = _weights(rule, place, nodes)
             if rule.corrector:
                 pending = Pending(rule, place, base, nodes[-self.span :])
                 base = base.clone()
+            base = _shift(base, B, known)
             if hooks.turn is None:
                 x = _add(base, B, w, used, rule.kernel.key)
             else:
@@ -196,7 +211,7 @@ class Multistep(Solver):
         return Step(x, x0, History(state.total, state.i + 1, nodes[-self.span :], pending, memory))
 
     def _node(self, process: ForwardProcess, x: torch.Tensor, x0: torch.Tensor, t: float) -> Node:
-        return Node(t, {kernel.key: kernel.read(process, x, x0, t) for kernel in self.kernels})
+        return Node(t, {kernel.key: kernel.read(process, x, x0, t) for kernel in self.kernels}, x)
 
 
 NO_HOOKS = Hooks()
@@ -204,10 +219,15 @@ NO_HOOKS = Hooks()
 
 def correct(process: ForwardProcess, pending: Pending, new: Node) -> torch.Tensor:
     """The corrected x at ``new.t``."""
-    rule, place = pending.rule, pending.place
-    w, used = _weights(rule, place, (*pending.nodes, new), rule.corrector)
+    rule, place = pending.rule.correcting, pending.place
+    w, used, known = _weights(rule, place, (*pending.nodes, new))
     B = rule.kernel.line(process, place.s, place.t, rule.kappa)[1]
-    return _add(pending.base.clone(), B, w, used, rule.kernel.key)
+    return _add(_shift(pending.base.clone(), B, known), B, w, used, rule.kernel.key)
+
+
+def _shift(x: torch.Tensor, B: Any, known: Any) -> torch.Tensor:
+    """``x + B known`` into x."""
+    return x.add_(fit(B * known, x)) if isinstance(known, torch.Tensor) else x
 
 
 def _add(x: torch.Tensor, B: Any, w: Sequence[Any], nodes: Sequence[Node], key: str) -> torch.Tensor:
@@ -222,22 +242,26 @@ def _base(problem: Problem, rule: Rule, place: Place, x: torch.Tensor) -> tuple[
     process = place.process
     kernel = rule.kernel if math.isfinite(place.h) else Data()
     A, B = kernel.line(process, place.s, place.t, rule.kappa)
-    base = x * A
+    base = x * fit(A, x)
     gain = process.sigma(place.t) * math.sqrt(1.0 - rule.kappa**2) * rule.gain * process.noise_scale
     return (base.add_(problem.noise(place.s, place.t), alpha=gain) if gain > 0.0 else base), B
 
 
-def _weights(rule: Rule, place: Place, nodes: tuple[Node, ...], points: int) -> tuple[list[Any], tuple[Node, ...]]:
-    """Weights of the newest ``points`` nodes, and these nodes, oldest first."""
+def _weights(rule: Rule, place: Place, nodes: tuple[Node, ...]) -> tuple[list[Any], tuple[Node, ...], Any]:
+    """Weights of the newest ``rule.points`` nodes, these nodes, oldest first, and what is added to their sum."""
     process, kernel = place.process, rule.kernel
     start = kernel.place(process, place.s)
     length = kernel.place(process, place.t) - start
     # A node at pure noise (lambda = -inf) cannot carry a polynomial: it is left out.
-    used = tuple(n for n in nodes[-points:] if math.isfinite(kernel.place(process, n.t)))
-    M = kernel.moments(process, place.s, place.t, len(used), rule.kappa)
-    if rule.shares is not None and points == rule.points:
-        return [M[0] * share for share in rule.shares[-len(used) :]], used
-    used = used[-len(M) :]  # fewer moments than nodes: all of the old noise is forgotten
-    if rule.bend is not None and rule.kappa > 0.0:
-        M = rule.bend(M, place.h - math.log(rule.kappa))
-    return weights([(kernel.place(process, n.t) - start) / length for n in used], M), used
+    used = tuple(n for n in nodes[-rule.points :] if math.isfinite(kernel.place(process, n.t)))
+    reach = rule.reach and [[len(used) - r for r in row if r <= len(used)] for row in rule.reach]
+    M = kernel.moments(process, place.s, place.t, len(reach or used), rule.kappa)
+    if rule.shares is not None:
+        w = [M[0] * share for share in rule.shares[-len(used) :]]
+    else:
+        used = used if reach else used[-len(M) :]  # fewer moments than nodes: all of the old noise is forgotten
+        if rule.bend is not None and rule.kappa > 0.0:
+            M = rule.bend(M, place.h - math.log(rule.kappa))
+        w = weights([(kernel.place(process, n.t) - start) / length for n in used], M, reach)
+    w, known = kernel.anchor(process, place.s, place.t, [n.t for n in used], w)
+    return w, used, known
