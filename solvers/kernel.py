@@ -123,7 +123,8 @@ class Noise(Kernel):
         if self.variable == "lambda":
             return process.lam(t)
         if self.variable == "t":
-            return float(process.u_of_t(t))
+            # Beyond the trained range u stands still, where no two nodes may coincide.
+            return float(process.u_of_t(t)) + math.log(t / min(max(t, process.t_min), process.t_max))
         rho = process.sigma(t) / process.alpha(t) if process.alpha(t) > 0.0 else math.inf
         return rho if self.variable == "rho" else vp_time(rho)
 

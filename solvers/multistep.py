@@ -34,6 +34,7 @@ class Place:
     """Where in the run a step is: from s to t, step ``i`` of ``total``.
 
     times: when the known predictions were made, newest last; the one at s included.
+    mask: ``problem.mask``, for statistics of one sample (``region.py``).
     """
 
     process: ForwardProcess
@@ -42,6 +43,7 @@ class Place:
     i: int
     total: int
     times: tuple[float, ...]
+    mask: torch.Tensor | None = None
 
     @property
     def known(self) -> int:
@@ -182,7 +184,7 @@ class Multistep(Solver):
         if t == 0.0:  # lambda = +inf: the integral is the prediction itself, no noise is left
             return Step(x0, x0, replace(state, i=state.i + 1, pending=None))
 
-        place = Place(process, s, t, state.i, state.total, tuple(node.t for node in nodes))
+        place = Place(process, s, t, state.i, state.total, tuple(node.t for node in nodes), problem.mask)
         memory = state.memory
         if hooks.revise is not None:
             nodes, memory = hooks.revise(place, nodes, memory)
@@ -203,10 +205,9 @@ class Multistep(Solver):
                 x = _add(base, B, w, used, rule.kernel.key)
             else:
                 M0 = sum(w)
-                first = used[-1].values[rule.kernel.key]
-                p, memory = hooks.turn(
-                    place, _add(first * (w[-1] / M0), 1.0 / M0, w[:-1], used[:-1], rule.kernel.key), nodes, memory
-                )
+                newest = used[-1].values[rule.kernel.key]
+                p = _add(newest * fit(w[-1] / M0, newest), 1.0 / M0, w[:-1], used[:-1], rule.kernel.key)
+                p, memory = hooks.turn(place, p, nodes, memory)
                 x = axpy(base, p, B * M0)
         return Step(x, x0, History(state.total, state.i + 1, nodes[-self.span :], pending, memory))
 
