@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernel import Kernel, axpy
+from .kernel import Data, Kernel, axpy
 from .process import ForwardProcess
 from .solver import Problem
 from .weights import weights
@@ -52,9 +52,46 @@ def classical(c: Sequence[float], a: Sequence[Sequence[float]], b: Sequence[floa
     return (*(stage(*row) for row in zip(c, a, strict=True)), stage(1.0, b))
 
 
-def start_time(process: ForwardProcess, kernel: Kernel, s: float) -> float:
-    """s, or a time just below it where the kernel's variable is finite (a flow model's pure noise): x is not rescaled."""
-    return s if math.isfinite(kernel.place(process, s)) else float(process.t_of_u(1.0 - 1e-4))
+def begin(
+    process: ForwardProcess, kernel: Kernel, x: torch.Tensor, s: float, t: float, x0: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """x and s where a step to t starts: as given, or just below where the kernel's variable is infinite at s.
+
+    That is a flow model's pure noise. It is left by a first-order step too short to matter, with the prediction that is
+    there already; constant predictions stay solved exactly, and no variance is lost.
+    """
+    if math.isfinite(kernel.place(process, s)):
+        return x, s
+    below = max(float(process.t_of_u(1.0 - 1e-4)), (s + t) / 2.0)
+    A, B = Data().line(process, s, below, 1.0)
+    return axpy(x * A, x0, B - A * process.alpha(s)), below
+
+
+def time_of(process: ForwardProcess, kernel: Kernel, stage: Stage, s: float, t: float) -> float:
+    """When a stage of the step from s to t is."""
+    if stage.c == 1.0:
+        return t
+    first, last = kernel.place(process, s), kernel.place(process, t)
+    return kernel.time(process, first + stage.c * (last - first))
+
+
+def reach(
+    process: ForwardProcess,
+    kernel: Kernel,
+    tableau: Tableau,
+    stage: Stage,
+    x: torch.Tensor,
+    s: float,
+    u: float,
+    values: Sequence[torch.Tensor],
+    kappa: float = 1.0,
+) -> torch.Tensor:
+    """A x_s + B sum_j w_j m_j at the stage's time u; ``values`` are m at s and at the stages of ``tableau`` so far."""
+    A, B = kernel.line(process, s, u, kappa)
+    at = x * A
+    for j, weight in zip(stage.use, _weights(process, kernel, tableau, stage, s, u, kappa), strict=True):
+        at = axpy(at, values[j], B * weight)
+    return at
 
 
 @dataclass(frozen=True)
@@ -85,17 +122,13 @@ def run_stages(
         Independent ones would cost an order.
     gain: factor on that noise.
     """
-    s = start_time(process, kernel, s)
-    first, last = kernel.place(process, s), kernel.place(process, t)
+    x, s = begin(process, kernel, x, s, t, x0)
     values, predictions, times = [kernel.read(process, x, x0, s)], [x0], [s]
     noise = None
     for i, stage in enumerate(tableau):
-        u = t if stage.c == 1.0 else kernel.time(process, first + stage.c * (last - first))
+        u = time_of(process, kernel, stage, s, t)
         kappa = 1.0 if keep is None else keep(process.lam(u) - process.lam(s))
-        A, B = kernel.line(process, s, u, kappa)
-        at = x * A
-        for j, weight in zip(stage.use, _weights(process, kernel, tableau, stage, s, u, kappa), strict=True):
-            at = axpy(at, values[j], B * weight)
+        at = reach(process, kernel, tableau, stage, x, s, u, values, kappa)
         if keep is not None and kappa < 1.0:
             noise = _advance(problem, process, noise, times[-1], u, keep)
             at = at.add_(noise, alpha=process.sigma(u) * gain * process.noise_scale)
