@@ -218,6 +218,12 @@ class Multistep(Solver):
 NO_HOOKS = Hooks()
 
 
+def nearest(start: int, points: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """``Rule.reach`` by a number of predictions for each power of u: that at the start, those after it, those before."""
+    line = (*range(start, 0, -1), *range(start + 1, max(points) + 1))
+    return tuple(line[:n] for n in points)
+
+
 def correct(process: ForwardProcess, pending: Pending, new: Node) -> torch.Tensor:
     """The corrected x at ``new.t``."""
     rule, place = pending.rule.correcting, pending.place
