@@ -14,6 +14,7 @@ from ..solvers.noise import SOURCES
 from ..solvers.process import ForwardProcess, RectifiedFlow, VarianceExploding
 from ..solvers.solver import Denoise, Problem, Solver, check_times, no_noise, solve
 from ..solvers.transform import Transform, Transformed
+from . import artifacts
 
 
 def process_from(model_sampling) -> ForwardProcess:
@@ -107,6 +108,7 @@ def _function(solver: Solver):
         times = distinct(sigmas.tolist())
         problem = _problem(model, extra_args)
         check_times(times, problem.process)
+        artifacts.warn(solver, problem.process, len(times) - 1, problem.cfg, tuple(x.shape[1:]))
         if solver.draws is not None and len(times) > 1:
             problem = replace(problem, noise=SOURCES[solver.draws](x, extra_args.get("seed") or 0, times))
         steps = solve(problem, solver, x, times)

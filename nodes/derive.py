@@ -12,6 +12,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..solvers.method import Method, Param, Part, params, parts, summary
+from . import artifacts
 from .bridge import solver_in
 
 PREFIX = "Quickstep_"
@@ -40,12 +41,19 @@ def inputs(method: type[Method]) -> list[io.WidgetInput]:
 
 
 def socket(declared: Part) -> io.Input:
-    """The node input of one declared part."""
-    return io.Sampler.Input(socket_id(declared), tooltip=declared.help)
+    """The node input of one declared part: a link to a sampler, or a dropdown of calibration files."""
+    if declared.kind == "solver":
+        return io.Sampler.Input(socket_id(declared), tooltip=declared.help)
+    return io.Combo.Input(declared.name, options=artifacts.files(declared.kind), tooltip=declared.help)
 
 
 def socket_id(declared: Part) -> str:
     return declared.name.replace("solver", "sampler")
+
+
+def plugged(declared: Part, value: Any, taker: str) -> Any:
+    """What the method gets for the value of its socket."""
+    return solver_in(value, taker) if declared.kind == "solver" else artifacts.read(value, declared.kind, taker)
 
 
 def node(
@@ -61,7 +69,7 @@ def node(
     before: inputs that are not the method's own; they come first.
     """
     names = [declared.name for declared in params(method)]
-    solvers = {socket_id(declared): declared.name for declared in parts(method)}
+    sockets = {socket_id(declared): declared for declared in parts(method)}
 
     class Derived(io.ComfyNode):
         @classmethod
@@ -79,7 +87,7 @@ def node(
         @classmethod
         def execute(cls, **given):
             settings = {name: given.pop(name) for name in names if name in given}
-            settings |= {name: solver_in(given.pop(key), method.title) for key, name in solvers.items()}
+            settings |= {p.name: plugged(p, given.pop(key), method.title) for key, p in sockets.items() if key in given}
             return io.NodeOutput(*run(method(**settings), **given))
 
     Derived.__name__ = Derived.__qualname__ = method.id

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerators, compare, demo, front, samplers, schedules
+from . import accelerators, artifacts, compare, demo, front, samplers, schedules
 
 MODULES = (front, samplers, schedules, accelerators, compare, demo)
 
 
 class QuickstepExtension(ComfyExtension):
     """The pack, as ComfyUI asks for it."""
+
+    async def on_load(self) -> None:
+        artifacts.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for module in MODULES for node in module.NODES]

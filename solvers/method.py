@@ -68,9 +68,9 @@ class Part:
     help: str
 
 
-def part(kind: str, help: str):
-    """Declare a dataclass field that a node takes from a link or a file; ``nodes.derive`` knows the kinds."""
-    return dataclasses.field(metadata={_PART: dict(kind=kind, help=help)})
+def part(kind: str, help: str, default: Any = dataclasses.MISSING):
+    """Declare a dataclass field that is no widget value: ``kind`` is "solver", or the kind of a calibration file."""
+    return dataclasses.field(default=default, metadata={_PART: dict(kind=kind, help=help)})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""Calibrations on disk: the ``quickstep`` models folder, its files in dropdowns, and what is said when one does not fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import lru_cache
+
+import folder_paths
+
+from ..solvers.artifact import Artifact, load, mismatches
+from ..solvers.method import Method, parts
+from ..solvers.process import ForwardProcess
+
+FOLDER = "quickstep"
+NONE = "none"
+log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make ``models/quickstep`` known to ComfyUI, next to what ``extra_model_paths.yaml`` says."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
+
+
+def files(kind: str) -> list[str]:
+    """Names of the artifacts of this kind, ``NONE`` first."""
+    if FOLDER not in folder_paths.folder_names_and_paths:
+        return [NONE]
+    names = (n for n in folder_paths.get_filename_list(FOLDER) if n.endswith((".json", ".safetensors")))
+    return [NONE, *(name for name in names if _kind_of(*_where(name)) == kind)]
+
+
+def read(name: str, kind: str, taker: str) -> Artifact | None:
+    """The artifact of that name; None for ``NONE``."""
+    if name == NONE:
+        return None
+    path = folder_paths.get_full_path(FOLDER, name) if FOLDER in folder_paths.folder_names_and_paths else None
+    if path is None:
+        raise ValueError(f"{taker}: there is no file {name!r} in ComfyUI's models/{FOLDER} folder.")
+    return load(path, kind)
+
+
+def warn(method: Method, process: ForwardProcess, steps: int, cfg: float | None, shape: tuple[int, ...]) -> None:
+    """Say once per run what a calibration inside ``method`` was not made for."""
+    for declared in parts(type(method)):
+        value = getattr(method, declared.name)
+        if isinstance(value, Method):
+            warn(value, process, steps, cfg, shape)
+        elif isinstance(value, Artifact):
+            inner = next((v for v in vars(method).values() if isinstance(v, Method)), method)
+            for sentence in mismatches(value, process, None, inner, steps, cfg, shape):
+                log.warning("%s: the calibration may not fit. %s", method.title, sentence)
+
+
+def _where(name: str) -> tuple[str, float]:
+    path = folder_paths.get_full_path_or_raise(FOLDER, name)
+    return path, os.path.getmtime(path)
+
+
+@lru_cache(maxsize=256)
+def _kind_of(path: str, modified: float) -> str | None:
+    """Its kind; None for what is no artifact. Read once for each change of the file."""
+    try:
+        return load(path).kind
+    except ValueError as error:
+        log.info("not listed: %s", error)
+        return None
