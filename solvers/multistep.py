@@ -234,7 +234,7 @@ def correct(process: ForwardProcess, pending: Pending, new: Node) -> torch.Tenso
 
 def _shift(x: torch.Tensor, B: Any, known: Any) -> torch.Tensor:
     """``x + B known`` into x."""
-    return x.add_(fit(B * known, x)) if isinstance(known, torch.Tensor) else x
+    return x if isinstance(known, float) and known == 0.0 else x.add_(fit(B * known, x))
 
 
 def _add(x: torch.Tensor, B: Any, w: Sequence[Any], nodes: Sequence[Node], key: str) -> torch.Tensor:
