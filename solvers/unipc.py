@@ -69,7 +69,7 @@ class UniPC(Multistep):
     )
     algorithm: str = param(
         "data",
-        "What the network predicts, as the solver sees it: data (usual, stable with guidance) or noise (unguided only).",
+        "What is integrated: data (usual) or noise, which can be more exact with little guidance and breaks down with much.",
         options=("data", "noise"),
         advanced=True,
     )
