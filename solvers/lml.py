@@ -30,7 +30,7 @@ class LML(Turned):
     code, gives n' = n exactly; what their published settings change (lambda 0.001, which is lam_rel 1e-7 at a latent's
     size) is rounding error of single precision. kappa > 0 and lam_rel near 1 are therefore this pack's choice. A small
     lam_rel / kappa throws n away: the result no longer follows the model. Order 1 with kappa > 0, which helps first-order
-    samplers (DDIM, DEIS with one point) and costs accuracy on the others.
+    samplers (DDIM, DEIS with one point) and mostly costs the others accuracy.
 
     Their DDIM turns only the noise in sigma_t eps and keeps D; here the closest are DEIS with one point (noise; on flow
     models the velocity, as theirs) and DPM-Solver++ (clean samples, as theirs).
