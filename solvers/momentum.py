@@ -99,7 +99,7 @@ class HB(Turned):
     """
 
     id: ClassVar[str] = "HB"
-    title: ClassVar[str] = "heavy ball"
+    title: ClassVar[str] = "Momentum (heavy ball)"
     paper: ClassVar[str] = "Wizadwongsa et al. (2023), arXiv:2307.11118"
 
     beta: float = param(
