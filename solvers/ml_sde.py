@@ -25,9 +25,9 @@ class MLSDE(Solver):
         x_t = kappa (sigma_t / sigma_s) x_s + alpha_t (1 - kappa q) D + sqrt(sigma_t^2 (1 - kappa^2) + b^2 V) z,
         b = alpha_t (1 - kappa q),     V = mean over the elements of Var(x_0 | x_s).
 
-    For eta = 1 the mean is what Popov et al. derive (their (1 + kappa*) beta h and 1 + omega* come to these factors), and the
-    whole step the Gaussian of highest likelihood under the true process; their released code leaves V out (their case of
-    constant data), which makes it DDIM with eta 1. V follows from the prediction itself, as Bao et al. found:
+    For eta = 1 the mean is what Popov et al. derive (their kappa, omega and beta h come to these factors), and the whole step
+    the Gaussian of highest likelihood under the true process. Their released code has no V, as if the data were constant,
+    which makes it DDIM with eta 1. V follows from the prediction itself, as Bao et al. found:
 
     - measured: V = rho_s^2 (1 - mean of eps^2), eps = (x_s - alpha_s D) / sigma_s, taken from each sample's edited part and
       kept within [0, data_std^2]. Bao et al. average over many samples beforehand; the estimate from the sample at hand is
@@ -38,8 +38,8 @@ class MLSDE(Solver):
     Otherwise the variance converges at weak order 1. Only the mean of V over the elements is used, so the noise added is
     white, while what is open in a picture is mostly its details. One call per step.
 
-    Source: Popov et al. (2022), arXiv:2109.13821, theorem 1; Bao et al. (2022), arXiv:2201.06503,
-    theorem 1. Formulas checked with both authors' code.
+    Source: Popov et al. (2021), arXiv:2109.13821 (the mean); Bao et al. (2022), arXiv:2201.06503 (V); both checked with
+    their authors' code.
     """
 
     id: ClassVar[str] = "MLSDE"

@@ -282,7 +282,7 @@ def diffvc(x, x0, s, t, z):
 
 @pytest.mark.parametrize("std", [0.0, 0.7])
 def test_ml_sde_is_the_published_step(std):
-    """Mean and, with Var(x_0 | x_s) of the data, variance of theorem 1: sigma^2 + nu^2 V."""
+    """Its mean, and its variance with what the code leaves out, Var(x_0 | x_s): sigma^2 + nu^2 V."""
     s, t = 0.9, 0.8
     x = start(VP, s)
     x0 = DATA.denoiser(VP)(x, s)
