@@ -196,7 +196,8 @@ class Multistep(Solver):
         if math.isinf(place.h):  # from pure noise, alpha = 0: whatever the kernel, the step is first order in x0
             x = axpy(base, x0, B)
         else:
-            w, used, known = _weights(rule, place, nodes)
+            w, known = weigh(rule, place, [node.t for node in nodes])
+            used = nodes[-len(w) :]
             if rule.corrector:
                 pending = Pending(rule, place, base, nodes[-self.span :])
                 base = base.clone()
@@ -218,18 +219,23 @@ class Multistep(Solver):
 NO_HOOKS = Hooks()
 
 
-def nearest(start: int, points: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """``Rule.reach`` by a number of predictions for each power of u: that at the start, those after it, those before."""
-    line = (*range(start, 0, -1), *range(start + 1, max(points) + 1))
+def nearest(start: int, points: Sequence[int], new: bool = False) -> tuple[tuple[int, ...], ...]:
+    """``Rule.reach`` by a number of predictions for each power of u: that at the start, those after it, those before.
+
+    new: the newest comes right after the start's, for correctors.
+    """
+    after = (1, *range(start - 1, 1, -1)) if new else tuple(range(start - 1, 0, -1))
+    line = (start, *after, *range(start + 1, max(points) + 1))
     return tuple(line[:n] for n in points)
 
 
 def correct(process: ForwardProcess, pending: Pending, new: Node) -> torch.Tensor:
     """The corrected x at ``new.t``."""
     rule, place = pending.rule.correcting, pending.place
-    w, used, known = _weights(rule, place, (*pending.nodes, new))
+    nodes = (*pending.nodes, new)
+    w, known = weigh(rule, place, [node.t for node in nodes])
     B = rule.kernel.line(process, place.s, place.t, rule.kappa)[1]
-    return _add(_shift(pending.base.clone(), B, known), B, w, used, rule.kernel.key)
+    return _add(_shift(pending.base.clone(), B, known), B, w, nodes[-len(w) :], rule.kernel.key)
 
 
 def _shift(x: torch.Tensor, B: Any, known: Any) -> torch.Tensor:
@@ -254,21 +260,20 @@ def _base(problem: Problem, rule: Rule, place: Place, x: torch.Tensor) -> tuple[
     return (base.add_(problem.noise(place.s, place.t), alpha=gain) if gain > 0.0 else base), B
 
 
-def _weights(rule: Rule, place: Place, nodes: tuple[Node, ...]) -> tuple[list[Any], tuple[Node, ...], Any]:
-    """Weights of the newest ``rule.points`` nodes, these nodes, oldest first, and what is added to their sum."""
+def weigh(rule: Rule, place: Place, times: Sequence[float]) -> tuple[list[Any], Any]:
+    """Weights of the predictions made at the newest of ``times``, newest last, and what is added to their sum."""
     process, kernel = place.process, rule.kernel
     start = kernel.place(process, place.s)
     length = kernel.place(process, place.t) - start
-    # A node at pure noise (lambda = -inf) cannot carry a polynomial: it is left out.
-    used = tuple(n for n in nodes[-rule.points :] if math.isfinite(kernel.place(process, n.t)))
+    # A prediction at pure noise (lambda = -inf) cannot carry a polynomial: it is left out.
+    used = [t for t in times[-rule.points :] if math.isfinite(kernel.place(process, t))]
     reach = rule.reach and [[len(used) - r for r in row if r <= len(used)] for row in rule.reach]
     M = kernel.moments(process, place.s, place.t, len(reach or used), rule.kappa)
     if rule.shares is not None:
         w = [M[0] * share for share in rule.shares[-len(used) :]]
     else:
-        used = used if reach else used[-len(M) :]  # fewer moments than nodes: all of the old noise is forgotten
+        used = used if reach else used[-len(M) :]  # fewer moments than predictions: all of the old noise is forgotten
         if rule.bend is not None and rule.kappa > 0.0:
             M = rule.bend(M, place.h - math.log(rule.kappa))
-        w = weights([(kernel.place(process, n.t) - start) / length for n in used], M, reach)
-    w, known = kernel.anchor(process, place.s, place.t, [n.t for n in used], w)
-    return w, used, known
+        w = weights([(kernel.place(process, t) - start) / length for t in used], M, reach)
+    return kernel.anchor(process, place.s, place.t, used, w)
