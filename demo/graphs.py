@@ -84,14 +84,18 @@ def demo(network="unet", prompt=PROMPT, seed=1, batch=4, cfg=3.0, reference_step
     if not flow:
         cached = g.add("Quickstep_DeepCache", model=(model, 0))
         contenders.append(dict(label="Quickstep + DeepCache", sampler=(quick, 0), sigmas=(ours, 0), model=(cached, 0)))
+    shared = dict(model=(model, 0), latent=latent, vae=(model, 2), **prompts)
+    compared(g, contenders, "quickstep_demo", **shared, seed=seed, cfg=cfg, reference_steps=reference_steps)
+    return g
+
+
+def compared(g: Graph, contenders: list[dict], prefix: str, **inputs) -> None:
+    """Compare's node with its candidates, and its pictures, plot and table where they are seen."""
     candidates = {
         f"candidates.candidate{i}": (g.add("Quickstep_Candidate", **contender), 0)
         for i, contender in enumerate(contenders)
     }
-    shared = dict(model=(model, 0), latent=latent, vae=(model, 2), **prompts)
-    settings = dict(seed=seed, cfg=cfg, reference_steps=reference_steps)
-    compare = g.add("Quickstep_Compare", **shared, **settings, **candidates)
-    g.add("SaveImage", PICTURES, images=(compare, 0), filename_prefix="quickstep_demo")
-    g.add("SaveImage", PLOT, images=(compare, 1), filename_prefix="quickstep_demo_plot")
+    compare = g.add("Quickstep_Compare", **inputs, **candidates)
+    g.add("SaveImage", PICTURES, images=(compare, 0), filename_prefix=prefix)
+    g.add("SaveImage", PLOT, images=(compare, 1), filename_prefix=f"{prefix}_plot")
     g.add("PreviewAny", TABLE, source=(compare, 2))
-    return g

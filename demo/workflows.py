@@ -68,6 +68,42 @@ def stochastic() -> Graph:
     )
 
 
+def quickstep_sampler() -> Graph:
+    return _sampled(
+        "dit", "Quickstep_Sampler", "Quickstep_BetaSchedule", "a small blue circle", 10, 5, 4, "quickstep_sampler"
+    )
+
+
+def solvers() -> Graph:
+    """Four ways to spend eight calls."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "unet", "a big yellow square", 3)
+    sigmas = (g.add("Quickstep_KarrasSchedule", model=(model, 0), steps=8), 0)
+    contenders = [
+        dict(label=title, sampler=(g.add("Quickstep_Sampler", solver=title, **options), 0), sigmas=sigmas)
+        for title, options in (("DDIM", {}), ("DPM-Solver++", {}), ("UniPC", {}), ("DEIS", {"solver.points": 2}))
+    ]
+    shared = dict(model=(model, 0), latent=latent, vae=(model, 2), **prompts)
+    graphs.compared(g, contenders, "quickstep_solvers", **shared, seed=4, cfg=3.0, reference_steps=60)
+    return g
+
+
+def momentum() -> Graph:
+    """A sampler with another node around it, at few steps and high guidance."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "unet", "a big red ring on a black background", 3)
+    sigmas = (g.add("Quickstep_KarrasSchedule", model=(model, 0), steps=6), 0)
+    plain = (g.add("Quickstep_DPMSolverPP"), 0)
+    damped = (g.add("Quickstep_HB", sampler=plain, beta=0.8), 0)
+    contenders = [
+        dict(label="DPM-Solver++ 2M", sampler=plain, sigmas=sigmas),
+        dict(label="the same with momentum", sampler=damped, sigmas=sigmas),
+    ]
+    shared = dict(model=(model, 0), latent=latent, vae=(model, 2), **prompts)
+    graphs.compared(g, contenders, "quickstep_momentum", **shared, seed=6, cfg=7.5, reference_steps=60)
+    return g
+
+
 def deepcache() -> Graph:
     """DeepCache with the plain KSampler, and what it saved."""
     g = Graph()
@@ -117,6 +153,20 @@ WORKFLOWS: dict[str, tuple[Callable[[], Graph], str]] = {
     "stochastic": (
         stochastic,
         "# Fresh noise at every step\nSDE-DPM-Solver++ adds noise as it goes. It wants 15 steps or more.",
+    ),
+    "quickstep_sampler": (
+        quickstep_sampler,
+        "# One sampler node for all\n*Quickstep Sampler*: choose a solver in its dropdown, its options appear below. "
+        "*auto* chooses by model, guidance and steps.",
+    ),
+    "solvers": (
+        solvers,
+        "# Four solvers, eight calls each\nThe same noise, the same schedule. Errors are distances to the converged reference.",
+    ),
+    "momentum": (
+        momentum,
+        "# Nodes around a sampler\n*Momentum*, *LML*, *Restart* ... take a Quickstep sampler and give one. Here momentum damps "
+        "what 6 steps at guidance 7.5 overshoot.",
     ),
     "deepcache": (
         deepcache,

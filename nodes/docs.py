@@ -12,7 +12,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..solvers.method import params, summary
+from ..solvers.method import params, parts, summary
 from ..solvers.solver import Solver
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,13 +101,18 @@ def methods(nodes: list) -> str:
 
 
 def costs(method: type) -> str:
-    """Network calls per step and convergence order over all choices of ``order``; empty for what is no solver."""
-    if not issubclass(method, Solver):
+    """Network calls per step and convergence order over all choices of ``order`` or ``points``; empty for what is no solver."""
+    if not issubclass(method, Solver) or any(p.kind == "solver" for p in parts(method)):
         return ""
-    choices = [range(int(p.min or 1), int(p.max or 1) + 1) for p in params(method) if p.name == "order"]
-    made = [method(**{"order": order}) for order in choices[0]] if choices else [method()]
+    choices = [(p.name, range(int(p.min or 1), int(p.max or 1) + 1)) for p in params(method) if p.name in ("order", "points")]
+    made = [method(**{name: value}) for name, values in choices[:1] for value in values] or [method()]
+    calls = sorted({solver.calls for solver in made if solver.nfe(1) is not None})
     orders = sorted({solver.convergence_order for solver in made})
-    return f"{method.calls}, order {orders[0]}" + (f" to {orders[-1]}" if len(orders) > 1 else "")
+    return f"{span(calls) or 'adaptive'}, order {span(orders)}"
+
+
+def span(numbers: list) -> str:
+    return " to ".join(str(n) for n in dict.fromkeys([*numbers[:1], *numbers[-1:]]))
 
 
 def with_methods(readme: str, nodes: list) -> str:

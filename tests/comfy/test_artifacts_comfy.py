@@ -1,0 +1,86 @@
+"""Calibration files inside ComfyUI: listed by kind, read into the node that uses them, and said when they do not fit."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.sample
+import folder_paths
+import pytest
+import torch
+from quickstep_under_test.nodes import artifacts
+from quickstep_under_test.nodes.bridge import sampler
+from quickstep_under_test.nodes.samplers import NODES
+from quickstep_under_test.solvers.artifact import Artifact, FoundFor, save
+from quickstep_under_test.solvers.dc_solver import KIND, DCSolver
+from quickstep_under_test.solvers.unipc import UniPC
+
+from . import models
+
+RATIOS = Artifact(KIND, {"ratios": [1.0, 1.0, 1.05, 0.97]}, found_for=FoundFor(process="ve", steps=4, cfg=1.0))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    known = dict(folder_paths.folder_names_and_paths)
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    artifacts.register()
+    path = tmp_path / artifacts.FOLDER
+    path.mkdir()
+    return path
+
+
+def node(id):
+    return next(n for n in NODES if n.GET_SCHEMA().node_id == f"Quickstep_{id}")
+
+
+def test_files_are_listed_by_kind(folder):
+    assert artifacts.files(KIND) == ["none"]
+    save(folder / "mine.json", RATIOS)
+    save(folder / "other.json", Artifact("something_else", {}))
+    (folder / "broken.json").write_text("{")
+    folder_paths.filename_list_cache.clear()
+    assert artifacts.files(KIND) == ["none", "mine.json"]
+    (dropdown,) = (
+        item for item in node("DCSolver").GET_SCHEMA().inputs if "mine.json" in (item.as_dict().get("options") or [])
+    )
+    assert dropdown.id == "calibration"
+
+
+def test_the_node_uses_the_file(folder):
+    save(folder / "mine.json", RATIOS)
+    made = (
+        node("DCSolver")
+        .execute(sampler=sampler(UniPC()), calibration="mine.json", ratios="", dc_order=2)
+        .args[0]
+        .solver
+    )
+    assert made.calibration.table == RATIOS.table
+    plain = node("DCSolver").execute(sampler=sampler(UniPC()), calibration="none", ratios="", dc_order=2).args[0].solver
+    assert plain.calibration is None
+
+
+@pytest.mark.parametrize("name", ["missing.json", "../outside.json"])
+def test_a_missing_file_is_one_sentence(folder, name):
+    (folder.parent / "outside.json").write_text("{}")
+    with pytest.raises(ValueError, match="DC-Solver: there is no file .* in ComfyUI's models/quickstep folder"):
+        node("DCSolver").execute(sampler=sampler(UniPC()), calibration=name, ratios="", dc_order=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cfg", "words"), [("eps", 1.0, None), ("flow", 1.0, "a flow model"), ("eps", 5.0, "CFG 5")]
+)
+def test_what_it_was_not_made_for_is_said_once(folder, caplog, kind, cfg, words):
+    model = models.gaussian(kind)
+    top = 1.0 if kind == "flow" else 10.0
+    condition = models.conditioning(1)
+    with caplog.at_level(logging.WARNING, logger=artifacts.log.name):
+        comfy.sample.sample_custom(
+            model, torch.randn(1, 4, 6, 6), cfg, sampler(DCSolver(UniPC(), RATIOS)),
+            torch.tensor([1.0, 0.5, 0.2, 0.1, 0.0]) * top, condition, condition, torch.zeros(1, 4, 6, 6),
+            disable_pbar=True, seed=0,
+        )  # fmt: skip
+    said = [record.getMessage() for record in caplog.records if "calibration may not fit" in record.getMessage()]
+    assert len(said) == (words is not None) and all(words in sentence for sentence in said)
