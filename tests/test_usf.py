@@ -48,7 +48,10 @@ LINEAR = [
     DPMSolverV3(3, c_pseudo=False, p_pseudo=True, statistics=SMOOTH),
     USF(
         table(
-            {}, {"order": 2, "relax": "linear", "relax_value": 0.1, "corrector": "implicit"}, {"start": 2}, afs="zero"
+            {},
+            {"order": 2, "relax": "linear", "relax_value": 0.1, "corrector": "implicit"},
+            {"order": 2, "start": 2, "relax": "linear", "relax_value": -0.1},
+            afs="zero",
         )
     ),
 ]
@@ -191,10 +194,11 @@ MIXED = [
         },
     ),
     (
-        {"order": 3, "points": [1, 2], "prediction": "noise", "start": 2, "relax": "unipc-bh1", "corrector": "implicit"},
+        {"order": 3, "points": [1, 2], "prediction": "noise", "start": 2, "relax": "unipc-bh1",
+         "corrector": {"kind": "implicit", "order": 4, "points": [1, 2, 3]}},
         {
             "kind": "noise", "start": -2, "order": 3, "active": [[-1], [-1, -3]], "relax": "unipc-bh1", "implicit": True,
-            "corrector": {"start": -3, "order": 4, "active": [[-1, -2], [-1, -2, -4], [-1, -2, -4]]},
+            "corrector": {"start": -3, "order": 4, "active": [[-1], [-1, -2], [-1, -2, -4]]},
         },
     ),
     (
