@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from .adaptive import DPMSolverAdaptive
+from .black_box import AdaptiveRK
 from .dc_solver import DCSolver
 from .deis import DEIS
+from .dpm_solver_v3 import DPMSolverV3
+from .er_sde import ERSDE
 from .exponential import DDIM, DPMSolverPP, SDEDPMSolverPP
 from .gradient_estimation import GradientEstimation
 from .lml import LML
+from .ml_sde import MLSDE
 from .momentum import GHVB, HB
 from .pndm import IPNDM, PNDM
+from .rho_rk import RhoRK
 from .sa import SASolver
+from .score_sde import ScoreSDE
+from .seeds import SEEDS
+from .singlestep import DPMSolverSinglestep
+from .sit import SiTSDE
 from .solver import Solver, Wrapper
 from .unipc import UniPC
 
-SOLVERS: tuple[type[Solver], ...] = (
-    DDIM,
-    DPMSolverPP,
-    UniPC,
-    DEIS,
-    IPNDM,
-    PNDM,
-    GHVB,
-    GradientEstimation,
-    SDEDPMSolverPP,
-    SASolver,
-)
+FAMILIES: dict[str, tuple[type[Solver], ...]] = {
+    "multistep": (DDIM, DPMSolverPP, UniPC, DEIS, IPNDM, PNDM, GHVB, GradientEstimation, DPMSolverV3),
+    "single-step": (DPMSolverSinglestep, RhoRK, DPMSolverAdaptive, AdaptiveRK),
+    "stochastic": (SDEDPMSolverPP, SASolver, ERSDE, SEEDS, MLSDE, SiTSDE, ScoreSDE),
+}
+"""Where the menu has them: *Quickstep/samplers/<family>*."""
+
+SOLVERS: tuple[type[Solver], ...] = tuple(solver for family in FAMILIES.values() for solver in family)
 WRAPPERS: tuple[type[Wrapper], ...] = (HB, LML, DCSolver)
