@@ -62,10 +62,15 @@ class Statistical(Kernel):
         known = self._over(process, s, t).known
         kept = []
         for weight, time in zip(w, times, strict=True):
-            if time != s:  # at the start itself S = q = 0
+            if time < s:
                 past = self._over(process, s, time)
-                weight = weight * past.shrink
-                known = known - weight * past.q
+                weight, q = weight * past.shrink, past.q
+            elif time > s:  # seen from s, S and q of an earlier time are those of the way from there, undone
+                past = self._over(process, time, s)
+                weight, q = weight / past.shrink, past.q * -past.shrink
+            else:
+                q = 0.0
+            known = known - weight * q
             kept.append(weight)
         return kept, known
 

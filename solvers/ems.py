@@ -102,7 +102,7 @@ NOISE_PREDICTION = ModelStatistics.constant(0.0, -1.0, 0.0)
 _WIDEST = 0.5
 """Panels of the quadrature are no wider in lambda; they also end at every node of the statistics, where these bend."""
 
-_MOMENTS = 6
+_MOMENTS = 7
 """As many as a step can ask for: the most points it uses."""
 
 _X, _W = (v / 2.0 for v in np.polynomial.legendre.leggauss(6))
@@ -114,7 +114,7 @@ _RUNNING = np.stack([_RUNNING @ x ** np.arange(1, 7) for x in _X])
 
 @dataclass(frozen=True)
 class Integrals:
-    """From one lambda to another: e^{-L}, e^{-S} and q at its end, moments of e^{L+S}, and int e^L q."""
+    """From one lambda to a larger one: e^{-L}, e^{-S} and q at its end, moments of e^{L+S}, and int e^L q."""
 
     decay: Any
     shrink: Any
@@ -125,33 +125,38 @@ class Integrals:
 
 @lru_cache(maxsize=16)
 def integrals(statistics: ModelStatistics, a: float, b: float) -> Integrals:
-    """Over lambda from a to b, either way. Numbers where the statistics are numbers, else tensors of an element."""
-    grid, (low, high) = statistics.lam.numpy(), sorted((a, b))
-    even = np.linspace(low, high, 2 + int((high - low) / _WIDEST))
-    cuts = np.unique(np.concatenate([even, grid[(grid > low) & (grid < high)]]))[:: 1 if b > a else -1]
-    nodes = cuts[:-1, None] + np.diff(cuts)[:, None] * _X
-    l, s, drift = (v.reshape(*nodes.shape, *v.shape[1:]) for v in statistics.at(nodes.ravel()))
-    wide = (..., *[None] * (l.ndim - 2))
-    width, u = np.diff(cuts)[:, None][wide], ((nodes - a) / (b - a))[wide]
+    """Over lambda from a to b > a. Numbers where the statistics are numbers, else tensors of an element."""
+    grid = statistics.lam.numpy()
+    even = np.linspace(a, b, 2 + int((b - a) / _WIDEST))
+    cuts = np.unique(np.concatenate([even, grid[(grid > a) & (grid < b)]]))
+    width = np.diff(cuts)[:, None]
+    nodes = cuts[:-1, None] + width * _X
+    u = (nodes - a) / (b - a)
+    # From here on all have the shape (panels, nodes, elements).
+    l, s, drift = (v.reshape(*nodes.shape, -1) for v in statistics.at(nodes.ravel()))
 
-    def total(f: np.ndarray) -> np.ndarray:
-        return np.einsum("j,pj...->...", _W, width * f)
+    def total(f: np.ndarray, m: int = 0) -> np.ndarray:
+        """int f u^m."""
+        return (width * _W * u**m).ravel() @ f.reshape(-1, f.shape[-1])
 
     def running(f: np.ndarray) -> np.ndarray:
         """The integral up to each node."""
-        panels = np.einsum("j,pj...->p...", _W, width * f)
-        return (np.cumsum(panels, axis=0) - panels)[:, None] + np.einsum("ij,pj...->pi...", _RUNNING, width * f)
+        panels = width * (_W @ f)
+        return (np.cumsum(panels, axis=0) - panels)[:, None] + width[:, None] * (_RUNNING @ f)
 
-    L, S = running(l), running(s)
-    shrink = np.exp(-total(s))
-    q = np.exp(S) * running(np.exp(-S) * drift)
-    return Integrals(
-        decay=coefficient(np.exp(-total(l))),
-        shrink=coefficient(shrink),
-        q=coefficient(total(np.exp(-S) * drift) / shrink),
-        M=tuple(coefficient(total(np.exp(L + S) * u**m)) for m in range(_MOMENTS)),
-        known=coefficient(total(np.exp(L) * q)),
-    )
+    grown, shrunk = np.exp(running(l)), np.exp(-running(s))
+    ends = {
+        "decay": np.exp(-total(l)),
+        "shrink": np.exp(-total(s)),
+        "q": np.exp(total(s)) * total(shrunk * drift),
+        "known": total(grown * running(shrunk * drift) / shrunk),
+    }
+    moments = (total(grown / shrunk, m) for m in range(_MOMENTS))
+
+    def shaped(end: np.ndarray) -> Any:
+        return coefficient(end.reshape(statistics.l.shape[1:]))
+
+    return Integrals(**{name: shaped(end) for name, end in ends.items()}, M=tuple(map(shaped, moments)))
 
 
 def coefficient(value: np.ndarray) -> Any:

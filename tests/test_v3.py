@@ -148,7 +148,7 @@ def test_parity_with_the_published_algorithm(order, p_pseudo, corrector, c_pseud
     assert (run(solver, process, times) - expected).abs().max() < 1e-5  # the trapezoidal rule's error is 1e-6
 
 
-@pytest.mark.parametrize("ends", [(-2.2, 3.1), (1.0, -1.5)])
+@pytest.mark.parametrize("ends", [(-2.2, 3.1), (0.1, 0.3)])
 def test_integrals_are_those_of_the_interpolated_statistics(ends):
     g = torch.Generator().manual_seed(1)
     grid = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
@@ -158,10 +158,10 @@ def test_integrals_are_those_of_the_interpolated_statistics(ends):
     def slopes(u, y):
         l, s, b = (float(v[0]) for v in statistics.at(np.array([u])))
         L, S, q, *_ = y
-        moments = [math.exp(L + S) * ((u - ends[0]) / (ends[1] - ends[0])) ** m for m in range(6)]
+        moments = [math.exp(L + S) * ((u - ends[0]) / (ends[1] - ends[0])) ** m for m in range(7)]
         return [l, s, s * q + b, math.exp(L) * q, *moments]
 
-    L, S, q, known, *M = solve_ivp(slopes, ends, [0.0] * 10, rtol=1e-11, atol=1e-12, max_step=0.02).y[:, -1]
+    L, S, q, known, *M = solve_ivp(slopes, ends, [0.0] * 11, rtol=1e-11, atol=1e-12, max_step=0.02).y[:, -1]
     expected = [math.exp(-L), math.exp(-S), q, known, *M]
     assert np.allclose([got.decay, got.shrink, got.q, got.known, *got.M], expected, rtol=1e-8, atol=1e-8)
 
