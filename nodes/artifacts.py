@@ -9,6 +9,7 @@ from functools import lru_cache
 import folder_paths
 
 from ..solvers.artifact import Artifact, load, mismatches
+from ..solvers.ems import ModelStatistics
 from ..solvers.method import Method, parts
 from ..solvers.process import ForwardProcess
 
@@ -46,9 +47,11 @@ def warn(method: Method, process: ForwardProcess, steps: int, cfg: float | None,
         value = getattr(method, declared.name)
         if isinstance(value, Method):
             warn(value, process, steps, cfg, shape)
-        elif isinstance(value, Artifact):
+            continue
+        found = value.source if isinstance(value, ModelStatistics) else value
+        if isinstance(found, Artifact):
             inner = next((v for v in vars(method).values() if isinstance(v, Method)), method)
-            for sentence in mismatches(value, process, None, inner, steps, cfg, shape):
+            for sentence in mismatches(found, process, None, inner, steps, cfg, shape):
                 log.warning("%s: the calibration may not fit. %s", method.title, sentence)
 
 

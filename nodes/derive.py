@@ -11,6 +11,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..solvers import ems
+from ..solvers.ems import ModelStatistics
 from ..solvers.method import Method, Param, Part, params, parts, summary
 from . import artifacts
 from .bridge import solver_in
@@ -28,7 +30,7 @@ def widget(declared: Param) -> io.WidgetInput:
     if declared.options is not None:
         return io.Combo.Input(declared.name, options=list(declared.options), **common)
     if declared.kind is str:
-        return io.String.Input(declared.name, **common)
+        return io.String.Input(declared.name, multiline=declared.multiline, **common)
     limits = {key: getattr(declared, key) for key in ("min", "max", "step") if getattr(declared, key) is not None}
     if declared.kind is int:
         return io.Int.Input(declared.name, **common, **limits)
@@ -53,7 +55,10 @@ def socket_id(declared: Part) -> str:
 
 def plugged(declared: Part, value: Any, taker: str) -> Any:
     """What the method gets for the value of its socket."""
-    return solver_in(value, taker) if declared.kind == "solver" else artifacts.read(value, declared.kind, taker)
+    if declared.kind == "solver":
+        return solver_in(value, taker)
+    found = artifacts.read(value, declared.kind, taker)
+    return ModelStatistics.of(found) if found is not None and declared.kind == ems.KIND else found
 
 
 def node(
@@ -87,7 +92,8 @@ def node(
         @classmethod
         def execute(cls, **given):
             settings = {name: given.pop(name) for name in names if name in given}
-            settings |= {p.name: plugged(p, given.pop(key), method.title) for key, p in sockets.items() if key in given}
+            plugs = {p.name: plugged(p, given.pop(key), method.title) for key, p in sockets.items() if key in given}
+            settings |= {name: value for name, value in plugs.items() if value is not None}
             return io.NodeOutput(*run(method(**settings), **given))
 
     Derived.__name__ = Derived.__qualname__ = method.id

@@ -104,7 +104,9 @@ def costs(method: type) -> str:
     """Network calls per step and convergence order over all choices of ``order`` or ``points``; empty for what is no solver."""
     if not issubclass(method, Solver) or any(p.kind == "solver" for p in parts(method)):
         return ""
-    choices = [(p.name, range(int(p.min or 1), int(p.max or 1) + 1)) for p in params(method) if p.name in ("order", "points")]
+    choices = [
+        (p.name, range(int(p.min or 1), int(p.max or 1) + 1)) for p in params(method) if p.name in ("order", "points")
+    ]
     made = [method(**{name: value}) for name, values in choices[:1] for value in values] or [method()]
     calls = sorted({solver.calls for solver in made if solver.nfe(1) is not None})
     orders = sorted({solver.convergence_order for solver in made})

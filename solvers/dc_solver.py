@@ -176,7 +176,7 @@ class DCSolver(Wrapper):
         made = self.solver.advance(problem, x, s, t, state, replace(hooks, revise=revise))
         if t > 0.0:
             return made
-        nodes = compensated(problem.process, (*state.nodes, Node(s, {"x0": made.x0}, x)), rho, self.dc_order)
+        nodes = compensated(problem.process, (*state.nodes, Node(s, {"x0": made.x0})), rho, self.dc_order)
         return Step(nodes[-1].values["x0"], nodes[-1].values["x0"], made.state)
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from .declared import LOWER_ORDER_FINAL
-from .ems import DATA_PREDICTION, Integrals, ModelStatistics, coefficient, integrals
+from .ems import DATA_PREDICTION, KIND, Integrals, ModelStatistics, coefficient, integrals
 from .kernel import Kernel, fit
-from .method import param
+from .method import param, part
 from .multistep import Multistep, Place, Rule, nearest
 from .solver import Problem, Step
 
@@ -126,7 +126,12 @@ class DPMSolverV3(Multistep):
         advanced=True,
     )
     lower_order_final: str = param(**LOWER_ORDER_FINAL)
-    statistics: ModelStatistics = DATA_PREDICTION
+    statistics: ModelStatistics = part(  # noqa: RUF009
+        KIND,
+        "Model statistics from ComfyUI's models/quickstep folder. none: data prediction, which makes this DPM-Solver++ with "
+        "a corrector.",
+        default=DATA_PREDICTION,
+    )
 
     draws: ClassVar[None] = None
     in_frame: ClassVar[str] = "snr"

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .artifact import Artifact
 from .weights import lagrange
 
 KIND = "model_statistics"
@@ -34,6 +35,7 @@ class ModelStatistics:
     lam: (n,), increasing, n >= 2. Between its nodes l, s, b are linear, beyond them constant.
     element: () for one number, (C, 1, 1) per channel, or the latent's (C, H, W): what broadcasts against a sample.
     mean: mean of the data the statistics are from, of the shape of an element; None if it is not known.
+    source: the file they come from, if they do, which says what they were measured on.
     """
 
     lam: torch.Tensor
@@ -41,6 +43,7 @@ class ModelStatistics:
     s: torch.Tensor
     b: torch.Tensor
     mean: torch.Tensor | None = None
+    source: Artifact | None = None
 
     def __post_init__(self):
         for name in ("lam", "l", "s", "b", *(("mean",) if self.mean is not None else ())):
@@ -78,17 +81,18 @@ class ModelStatistics:
         return l, s, b
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a file holds."""
+        """What a file of the kind ``KIND`` holds."""
         held = {"lam": self.lam, "l": self.l, "s": self.s, "b": self.b, "mean": self.mean}
         return {name: value for name, value in held.items() if value is not None}
 
     @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor]) -> ModelStatistics:
-        """The inverse of ``tensors``."""
+    def of(cls, artifact: Artifact) -> ModelStatistics:
+        """What an artifact with such tensors holds."""
+        tensors = artifact.tensors
         missing = [name for name in ("lam", "l", "s", "b") if name not in tensors]
         if missing:
             raise ValueError(f"This is no file of model statistics: it has no {', '.join(missing)}.")
-        return cls(tensors["lam"], tensors["l"], tensors["s"], tensors["b"], tensors.get("mean"))
+        return cls(tensors["lam"], tensors["l"], tensors["s"], tensors["b"], tensors.get("mean"), artifact)
 
     @classmethod
     def constant(cls, l: float, s: float, b: float) -> ModelStatistics:

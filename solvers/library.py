@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .adaptive import DPMSolverAdaptive
 from .black_box import AdaptiveRK
+from .churn import Churn
+from .consistency import ConsistencySampler
 from .dc_solver import DCSolver
 from .deis import DEIS
 from .dpm_solver_v3 import DPMSolverV3
@@ -14,6 +16,7 @@ from .lml import LML
 from .ml_sde import MLSDE
 from .momentum import GHVB, HB
 from .pndm import IPNDM, PNDM
+from .restart import Restart
 from .rho_rk import RhoRK
 from .sa import SASolver
 from .score_sde import ScoreSDE
@@ -21,14 +24,16 @@ from .seeds import SEEDS
 from .singlestep import DPMSolverSinglestep
 from .sit import SiTSDE
 from .solver import Solver, Wrapper
+from .switch import Switch
 from .unipc import UniPC
+from .usf import USF
 
 FAMILIES: dict[str, tuple[type[Solver], ...]] = {
-    "multistep": (DDIM, DPMSolverPP, UniPC, DEIS, IPNDM, PNDM, GHVB, GradientEstimation, DPMSolverV3),
+    "multistep": (DDIM, DPMSolverPP, UniPC, DEIS, IPNDM, PNDM, GHVB, GradientEstimation, DPMSolverV3, USF),
     "single-step": (DPMSolverSinglestep, RhoRK, DPMSolverAdaptive, AdaptiveRK),
-    "stochastic": (SDEDPMSolverPP, SASolver, ERSDE, SEEDS, MLSDE, SiTSDE, ScoreSDE),
+    "stochastic": (SDEDPMSolverPP, SASolver, ERSDE, SEEDS, MLSDE, SiTSDE, ScoreSDE, ConsistencySampler),
 }
 """Where the menu has them: *Quickstep/samplers/<family>*."""
 
 SOLVERS: tuple[type[Solver], ...] = tuple(solver for family in FAMILIES.values() for solver in family)
-WRAPPERS: tuple[type[Wrapper], ...] = (HB, LML, DCSolver)
+WRAPPERS: tuple[type[Wrapper], ...] = (HB, LML, DCSolver, Churn, Restart, Switch)

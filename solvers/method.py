@@ -29,6 +29,7 @@ class Param:
     step: float | None = None
     options: tuple[str, ...] | None = None
     advanced: bool = False
+    multiline: bool = False
 
     def check(self, value: Any, owner: str) -> None:
         """Raise ``ValueError`` with one sentence if ``value`` is not allowed."""
@@ -49,12 +50,14 @@ class Param:
                 raise ValueError(f"{where} must lie between {self.min} and {self.max}.")
 
 
-def param(default, help: str, *, min=None, max=None, step=None, options=None, advanced=False):
+def param(default, help: str, *, min=None, max=None, step=None, options=None, advanced=False, multiline=False):
     """Declare a dataclass field as a user-visible parameter; its type is the type of ``default``."""
     kind = type(default)
     if kind not in (bool, int, float, str):
         raise TypeError(f"a parameter's default must be bool, int, float or str, not {kind.__name__}")
-    declared = dict(kind=kind, default=default, help=help, min=min, max=max, step=step, advanced=advanced)
+    declared = dict(
+        kind=kind, default=default, help=help, min=min, max=max, step=step, advanced=advanced, multiline=multiline
+    )
     declared["options"] = tuple(options) if options is not None else None
     return dataclasses.field(default=default, metadata={_KEY: declared})
 

@@ -100,11 +100,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Node:
-    """One past prediction: its time, its value under each kernel key the solver keeps, and x, corrected if it was."""
+    """One past prediction: its time, its value under each kernel key the solver keeps, and, only for solvers that step from
+    older points, x, corrected if it was."""
 
     t: float
     values: dict[str, torch.Tensor]
-    x: torch.Tensor
+    x: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,8 @@ class Multistep(Solver):
     calls: ClassVar[int] = 1
     kernels: ClassVar[tuple[Kernel, ...]] = (Data(),)
     """Under which kernels predictions are kept."""
+    keeps_points: ClassVar[bool] = False
+    """Whether steps may start at older points (``Rule.start``), which then have to be kept."""
 
     @property
     @abstractmethod
@@ -177,7 +180,8 @@ class Multistep(Solver):
         nodes = (*state.nodes, self._node(process, x, x0, s))
         if state.pending is not None and (t > 0.0 or state.pending.rule.again):
             x = correct(process, state.pending, nodes[-1])
-            nodes = (*nodes[:-1], replace(nodes[-1], x=x))
+            if self.keeps_points:
+                nodes = (*nodes[:-1], replace(nodes[-1], x=x))
             if state.pending.rule.again:
                 x0 = problem.denoise(x, s)
                 nodes = (*nodes[:-1], self._node(process, x, x0, s))
@@ -191,6 +195,7 @@ class Multistep(Solver):
         rule = self.rule(place)
         if rule.start > 1:
             place, x = replace(place, s=nodes[-rule.start].t), nodes[-rule.start].x
+            assert x is not None  # keeps_points
         base, B = _base(problem, rule, place, x)
         pending = None
         if math.isinf(place.h):  # from pure noise, alpha = 0: whatever the kernel, the step is first order in x0
@@ -213,7 +218,8 @@ class Multistep(Solver):
         return Step(x, x0, History(state.total, state.i + 1, nodes[-self.span :], pending, memory))
 
     def _node(self, process: ForwardProcess, x: torch.Tensor, x0: torch.Tensor, t: float) -> Node:
-        return Node(t, {kernel.key: kernel.read(process, x, x0, t) for kernel in self.kernels}, x)
+        values = {kernel.key: kernel.read(process, x, x0, t) for kernel in self.kernels}
+        return Node(t, values, x if self.keeps_points else None)
 
 
 NO_HOOKS = Hooks()

@@ -140,7 +140,7 @@ class PNDM(Solver):
         process = framed(problem.process, self._after.in_frame)
         tableau = runge_kutta(process, s, t) if self.method == "f-pndm" else IMPROVED_EULER
         x0 = problem.denoise(x, s)
-        node = Node(s, {RHO.key: RHO.read(process, x, x0, s)}, x)
+        node = Node(s, {RHO.key: RHO.read(process, x, x0, s)})
         x = run_stages(problem, process, RHO, tableau, x, s, t, x0).x
         return Step(x, x0, History(state.total, state.i + 1, (*state.nodes, node)))
 

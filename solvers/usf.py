@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 
 from .dpm_solver_v3 import Statistical
-from .ems import ModelStatistics
+from .ems import KIND, ModelStatistics
 from .kernel import Data, Kernel, Noise, framed
-from .method import param
+from .method import param, part
 from .multistep import NO_HOOKS, Bend, History, Multistep, Place, Rule, nearest, weigh
 from .process import ForwardProcess
 from .solver import Problem, Step
@@ -87,8 +87,11 @@ class USF(Multistep):
         '{"usf": 1, "repeat": 1, "steps": [\n  {"order": 1},\n  {"order": 2, "relax": "dpmsolver-2"}\n]}',
         "The schedule as JSON, one object per step. As it stands: DPM-Solver++ 2M for any number of steps. The help page "
         "names all fields.",
+        multiline=True,
     )
-    statistics: ModelStatistics | None = None
+    statistics: ModelStatistics | None = part(  # noqa: RUF009
+        KIND, "Model statistics from ComfyUI's models/quickstep folder, for steps with v3 predictions.", default=None
+    )
 
     draws: ClassVar[None] = None
 
@@ -111,6 +114,10 @@ class USF(Multistep):
     @property
     def span(self) -> int:
         return max(row.predictions for row in self.plan.steps)
+
+    @property
+    def keeps_points(self) -> bool:
+        return any(row.start > 1 for row in self.plan.steps)
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

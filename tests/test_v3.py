@@ -247,7 +247,7 @@ def test_few_samples_do_for_a_reduced_estimate():
 def test_statistics_survive_a_file(tmp_path):
     statistics = measured(VE, K=16, nodes=5)
     save(tmp_path / "a.safetensors", Artifact(KIND, tensors=statistics.tensors()))
-    back = ModelStatistics.of(load(tmp_path / "a.safetensors", KIND).tensors)
+    back = ModelStatistics.of(load(tmp_path / "a.safetensors", KIND))
     for name, tensor in statistics.tensors().items():
         assert torch.equal(tensor, getattr(back, name))
     assert "mean" not in ModelStatistics.constant(1.0, 0.0, 0.0).tensors()
@@ -260,7 +260,10 @@ def test_statistics_survive_a_file(tmp_path):
         (lambda: ModelStatistics(torch.tensor([0.0]), *torch.zeros(3, 1)), "at least two"),
         (lambda: ModelStatistics(torch.tensor([0.0, 1.0]), *torch.zeros(3, 3)), "one entry for each of the 2"),
         (lambda: ModelStatistics(torch.tensor([0.0, 1.0]), *torch.full((3, 2), math.nan)), "l has values that are not"),
-        (lambda: ModelStatistics.of({"lam": torch.zeros(2), "l": torch.zeros(2)}), "has no s, b"),
+        (
+            lambda: ModelStatistics.of(Artifact(KIND, tensors={"lam": torch.zeros(2), "l": torch.zeros(2)})),
+            "has no s, b",
+        ),
         (lambda: next(estimate(None, VE, torch.zeros(1, 1), [0.0, 1.0])), "three or more"),
         (lambda: next(estimate(None, VE, torch.zeros(1, 1), [0.0, 2.0, 1.0])), "increasing"),
         (lambda: next(estimate(None, VE, torch.zeros(1, 1), [0.0, 1.0, 2.0], "row")), "not one of channel"),

@@ -65,7 +65,7 @@ def test_the_node_uses_the_file(folder):
 @pytest.mark.parametrize("name", ["missing.json", "../outside.json"])
 def test_a_missing_file_is_one_sentence(folder, name):
     (folder.parent / "outside.json").write_text("{}")
-    with pytest.raises(ValueError, match="DC-Solver: there is no file .* in ComfyUI's models/quickstep folder"):
+    with pytest.raises(ValueError, match=r"DC-Solver: there is no file .* in ComfyUI's models/quickstep folder"):
         node("DCSolver").execute(sampler=sampler(UniPC()), calibration=name, ratios="", dc_order=2)
 
 

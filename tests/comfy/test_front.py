@@ -36,7 +36,7 @@ def test_options_of_the_schema_are_those_of_the_solver():
 
 @pytest.mark.parametrize("given", [None, {}, {"solver": "euler"}])
 def test_an_unknown_choice_is_one_sentence(given):
-    with pytest.raises(ValueError, match="Quickstep Sampler: solver = .* is not one of auto, DDIM"):
+    with pytest.raises(ValueError, match=r"Quickstep Sampler: solver = .* is not one of auto, DDIM"):
         QuickstepSampler.execute(solver=given)
 
 

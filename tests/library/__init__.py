@@ -15,13 +15,17 @@ class Variant:
 
     order: expected global order (weak order if stochastic); None: ``solver.convergence_order``.
     exempt: law -> why it does not hold by construction.
+    name: what the test is called; empty: the solver and its settings.
     """
 
     solver: Solver
     order: float | None = None
     exempt: tuple[tuple[str, str], ...] = ()
+    name: str = ""
 
     def __str__(self) -> str:
+        if self.name:
+            return f"{self.solver.id}-{self.name}"
         settings = "-".join(str(v) for v in vars(self.solver).values() if not isinstance(v, Solver))
         return f"{self.solver.id}-{settings}"
 
