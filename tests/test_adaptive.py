@@ -14,6 +14,8 @@ from quickstep_under_test.solvers.solver import Problem, sample, solve
 from quickstep_under_test.solvers.step_size import Verdict
 from quickstep_under_test.solvers.verify import FLOW, VE, measuring_range, start, uniform_lambda
 
+from .test_singlestep import by_the_papers_formula
+
 PROCESSES = [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow")]
 DATA = GaussianMixture.random()
 SOLVERS = [
@@ -91,6 +93,32 @@ def test_parity_with_scipy(method, variable):
     assert (got.reshape(-1) - torch.from_numpy(theirs.y[:, -1])).abs().max() < 1e-9
     # Theirs keeps the slope at the start of a trial too, and evaluates it once before the first.
     assert len(asked) == theirs.nfev
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("algorithm", ["data", "noise"])
+def test_the_papers_algorithm(algorithm, process):
+    """DPM-Solver-12 as a plain loop over one sample."""
+    t_max, t_min = measuring_range(process)
+    denoise, rtol, atol = DATA.denoiser(process), 0.02, 0.003
+    x = low = first = start(process, t_max, n=1)
+    s, h, trials = t_max, 0.5, 0  # so long that the first trial is rejected
+    while s > t_min:
+        rest = process.lam(t_min) - process.lam(s)
+        h = min(h, rest)
+        t = t_min if h == rest else process.t_of_lam(process.lam(s) + h)
+        lower, higher = (
+            by_the_papers_formula(process, denoise, x, s, t, order, algorithm == "data", False) for order in (1, 2)
+        )
+        E = (higher - lower) / torch.maximum(rtol * torch.maximum(lower.abs(), low.abs()), torch.tensor(atol))
+        E = E.square().mean().sqrt().item()
+        if E <= 1.0:
+            x, low, s = higher, lower, t
+        h, trials = 0.9 * h * E**-0.5, trials + 1
+    solver = DPMSolverAdaptive(2, rtol, atol, algorithm, h_init=0.5, frame="snr")
+    got, asked = run(solver, process, first, [t_max, t_min])
+    assert (got - x).abs().max() < 1e-9  # rounding comes back through E
+    assert trials < len(asked) < 2 * trials  # one call less for each that was rejected
 
 
 @solvers()
