@@ -41,6 +41,19 @@ def read(name: str, kind: str, taker: str) -> Artifact | None:
     return load(path, kind)
 
 
+def free_path(name: str, suffix: str, taker: str) -> str:
+    """Where a new file of that name goes: in the first models/quickstep folder, with a number if there is one already."""
+    name = name.strip().removesuffix(suffix)
+    if not name or any(c in name for c in '/\\:*?"<>|') or name.startswith("."):
+        raise ValueError(f"{taker}: name = {name!r} must be a plain file name, without folders.")
+    root = folder_paths.get_folder_paths(FOLDER)[0]
+    for number in range(1, 10_000):
+        path = os.path.join(root, f"{name}{'' if number == 1 else f'_{number}'}{suffix}")
+        if not os.path.exists(path):
+            return path
+    raise ValueError(f"{taker}: there are too many files called {name!r}.")
+
+
 def warn(method: Method, process: ForwardProcess, steps: int, cfg: float | None, shape: tuple[int, ...]) -> None:
     """Say once per run what a calibration inside ``method`` was not made for."""
     for declared in parts(type(method)):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerators, artifacts, compare, demo, front, samplers, schedules
+from . import accelerators, artifacts, compare, demo, front, samplers, schedules, usf
 
-MODULES = (front, samplers, schedules, accelerators, compare, demo)
+MODULES = (front, samplers, usf, schedules, accelerators, compare, demo)
 
 
 class QuickstepExtension(ComfyExtension):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from comfy.k_diffusion import sampling as core
 from quickstep_under_test.nodes.bridge import process_of, sampler
-from quickstep_under_test.nodes.samplers import SOLVERS
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP
+from quickstep_under_test.solvers.library import SOLVERS
 from quickstep_under_test.solvers.noise import SOURCES
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
 
