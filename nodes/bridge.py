@@ -112,7 +112,6 @@ def _function(solver: Solver):
         if solver.draws is not None and len(times) > 1:
             problem = replace(problem, noise=SOURCES[solver.draws](x, extra_args.get("seed") or 0, times))
         steps = solve(problem, solver, x, times)
-        times = solver.grid(times)
         for i in comfy.utils.model_trange(len(times) - 1, disable=disable):
             step = next(steps)
             if callback is not None:

@@ -19,20 +19,25 @@ from .solver import Problem, Step, Wrapper
 @dataclass(frozen=True)
 class Churn(Wrapper):
     """EDM's stochastic sampler around another one: noise is added before every step, which then has further to go. It
-    corrects earlier errors at 30 steps and more; take rhoRK-DEIS 2heun inside for the published sampler.
+    washes out errors of the network at 30 steps and more; take rhoRK-DEIS 2heun inside for the published sampler.
 
     With rho = sigma / alpha and N steps, a step from s to t is one of the wrapped sampler from s' to t, where
 
         rho_s' = (1 + gamma) rho_s,   gamma = min(S_churn / N, sqrt(2) - 1) while S_tmin <= rho_s <= S_tmax, else 0,
         x_s' = (alpha_s' / alpha_s) x_s + S_noise sqrt(sigma_s'^2 - (alpha_s' / alpha_s)^2 sigma_s^2) z.
 
-    On flow models this keeps s' below 1; pure noise, s = 1, is left as it is. The noise comes from the seed. S_churn = 0 is
-    the wrapped sampler itself. No further calls; weak order 2 with rhoRK 2heun, 1 with DDIM. Published settings: ImageNet-64
-    S_churn 40, S_tmin 0.05, S_tmax 50, S_noise 1.003; CIFAR-10 30, 0.01, 1, 1.007.
+    On flow models this keeps s' below 1; pure noise, s = 1, is left as it is. The noise comes from the seed. S_churn =
+    0 is the wrapped sampler itself. No further calls; weak order 2 with rhoRK 2heun, 1 with DDIM. Published settings,
+    for 256 steps: ImageNet-64 S_churn 40, S_tmin 0.05, S_tmax 50, S_noise 1.003; CIFAR-10 30, 0.01, 1, 1.007.
 
-    A step with churn forgets the past of the sampler: what a multistep sampler knows was seen without the noise, maybe at
-    this very sigma. DPM-Solver++ 2M and its like take first-order steps there, so single-step samplers gain more. Noise is
-    independent for each step, even if the sampler asks for one path, which would bring the same noise again where steps overlap.
+    It pays where the network errs. With a perfect one it only costs, as every step gets longer: for 2heun over 20
+    Karras steps and Gaussian data of variance 0.4 the error of the variance is 0.010 without, 0.016 at S_churn 2,
+    0.035 from 9 on.
+
+    A step with churn forgets the past of the sampler: what a multistep sampler knows was seen without the noise, maybe
+    at this very sigma. DPM-Solver++ 2M and its like take first-order steps there, so single-step samplers gain more.
+    Noise is independent for each step, even if the sampler asks for one path, which would bring the same noise again
+    where steps overlap.
 
     Raises ValueError for samplers that choose their own steps.
 
@@ -44,8 +49,9 @@ class Churn(Wrapper):
     paper: ClassVar[str] = "Karras et al. (2022), arXiv:2206.00364"
 
     S_churn: float = param(
-        10.0,
-        "Noise added over the whole run: 0 none, 10 some; 40 with 30 steps and more.",
+        2.0,
+        "Noise added over the whole run: 0 none, 2 raises sigma by a tenth at each of 20 steps. Raise it along with the steps; "
+        "from 0.41 per step on it stays the same.",
         min=0.0,
         max=1000.0,
         step=0.1,
@@ -92,9 +98,6 @@ class Churn(Wrapper):
         """None for predictor-correctors that ask twice per step: a forgotten step is not corrected."""
         forgetful = self.S_churn > 0.0 and remembers(self.solver)
         return None if forgetful and self.calls > 1 else self.solver.nfe(steps)
-
-    def grid(self, times: Sequence[float]) -> list[float]:
-        return self.solver.grid(times)
 
     def start(self, times: Sequence[float]) -> tuple[tuple[float, ...], int, Any]:
         if self.S_churn > 0.0:

@@ -21,8 +21,8 @@ GAMMA = {"LCM": 1.0, "DMD2": 1.0, "Lightning": 0.0}
 
 @dataclass(frozen=True)
 class ConsistencySampler(Solver):
-    """For models and LoRAs distilled for 1 to 8 steps (LCM, TCD, Hyper-SD, DMD2, Lightning, Turbo). Others become blurred by it.
-    Take the Uniform schedule with spacing trailing, and the CFG the model was distilled for, mostly 1.
+    """For models and LoRAs distilled for 1 to 8 steps (LCM, TCD, Hyper-SD, DMD2, Lightning). Others become blurred by
+    it. Take the Uniform schedule with spacing trailing, and the CFG the model was distilled for, mostly 1.
 
     A step from s to t jumps further down, to r <= t, by the prediction D, and adds the noise that is missing:
 
@@ -31,16 +31,16 @@ class ConsistencySampler(Solver):
 
     The presets differ in r alone, with rho = sigma / alpha and u the model's training time, from 0 to 1:
 
-        LCM, DMD2    r = 0, so all noise is new: gamma = 1. Multistep consistency sampling, ComfyUI's "lcm"; also for SDXL Turbo
-        TCD          u_r = (1 - gamma) u_t: gamma in time ("eta" in diffusers' TCDScheduler). Also Hyper-SD's unified LoRAs
-        CTM          rho_r = sqrt(1 - gamma^2) rho_t: gamma is the share of noise that is new, in standard deviations
-        Lightning    r = t, nothing is new: gamma = 0. DDIM; also Hyper-SD's LoRAs for one number of steps
+        LCM, DMD2    r = 0, all noise is new: gamma = 1. Multistep consistency sampling; ComfyUI's "lcm"
+        TCD          u_r = (1 - gamma) u_t: gamma in time, "eta" of diffusers' TCDScheduler. Hyper-SD's LoRA for any steps
+        CTM          rho_r = sqrt(1 - gamma^2) rho_t: gamma is the share of the noise that is new, as a deviation
+        Lightning    r = t, nothing is new: gamma = 0. DDIM; also for Hyper-SD's LoRAs for one number of steps
 
-    For any other method of this kind take CTM and its gamma. With gamma = 0 it is DDIM, of order 1. With more, a
-    share of the noise is redrawn at every step, however short, so that more steps do not converge to the distribution of an
+    For any other method of this kind take CTM and its gamma. With gamma = 0 it is DDIM, of order 1. With more, a share
+    of the noise is redrawn at every step, however short, so that more steps do not converge to the distribution of an
     ordinary model, but lose its variance. A model whose own last step stops at its lowest sigma (TCD) here goes to the
-    clean sample. SDXL Turbo's own sampler (Euler ancestral) is DDIM with eta 1, which redraws less; on one step all agree.
-    One call per step.
+    clean sample. SDXL Turbo's own sampler is Euler ancestral, which redraws less: take DDIM with eta 1 for it. One
+    call per step.
 
     Source: Song et al. (2023), arXiv:2303.01469, algorithm 1; Kim et al. (2023), arXiv:2310.02279, algorithm 3 (CTM); Zheng et
     al. (2024), arXiv:2402.19159, algorithm 4 (TCD); Luo et al. (2023), arXiv:2310.04378 (LCM).

@@ -152,9 +152,6 @@ class DCSolver(Wrapper):
     def nfe(self, steps: int) -> int | None:
         return self.solver.nfe(steps)
 
-    def grid(self, times: Sequence[float]) -> list[float]:
-        return self.solver.grid(times)
-
     def start(self, times: Sequence[float]) -> Any:
         given, steps = len(self._listed()), len(times) - 1
         if given not in (0, steps) and steps > 0:

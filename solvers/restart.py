@@ -61,24 +61,24 @@ def segments_of(text: str, owner: str) -> list[Segment]:
 
 @dataclass(frozen=True)
 class Restart(Wrapper):
-    """Goes back up with fresh noise and down again, several times over part of the run, which washes out errors made before.
-    Spends many calls for quality: the default adds 18 steps to those of the schedule.
+    """Goes back up with fresh noise and down again, several times over part of the run, which washes out errors made
+    before. Spends many calls for quality: the default adds 18 steps to those of the schedule.
 
     After the step that ends at t, the sigma nearest to a segment's t_min, repeat K times:
 
         x <- (alpha_{t_max} / alpha_t) x + S_noise sqrt(sigma_{t_max}^2 - (alpha_{t_max} / alpha_t)^2 sigma_t^2) z,
         x <- the sampler over n sigmas from t_max down to t (Karras, exponent 7),
 
-    with a restart adding exactly the noise that is missing, so an exact sampler would keep the distribution. Segments count in
-    rho = sigma / alpha, which is sigma itself but on flow models sigma / (1 - sigma). Several segments at one sigma run in
-    their order. A segment is left out where it reaches above the sigma the run starts from (image to image) or where the
-    nearest sigma is not below its t_max; so none ever runs at the very first sigma, or at 0.
+    with a restart adding exactly the noise that is missing, so an exact sampler would keep the distribution. Segments
+    count in rho = sigma / alpha, which is sigma itself but on flow models sigma / (1 - sigma). Several segments at one
+    sigma run in their order. A segment is left out where it reaches above the sigma the run starts from (image to
+    image) or where the nearest sigma is not below its t_max; so none ever runs at the very first sigma, or at 0.
 
-    The sampler starts anew at every restart and after the last one: multistep samplers take a first-order step each time. Noise
-    is independent for each restart, even if the sampler asks for one path, which would bring the same noise again. A
-    segment adds K (n - 1) steps, each at the calls of the sampler. The n sigmas of a segment stay the same with more steps, and so
-    does the error they leave. Progress and previews count the steps of the schedule. EDM's presets were made with rhoRK 2heun;
-    churn within segments, a part of its settings for ImageNet, is left out.
+    The sampler starts anew at every restart and after the last one: multistep samplers take a first-order step each
+    time. Noise is independent for each restart, even if the sampler asks for one path, which would bring the same
+    noise again. A segment adds K (n - 1) steps, each at the calls of the sampler. The n sigmas of a segment stay the
+    same with more steps, and so does the error they leave. Progress and previews count the steps of the schedule.
+    EDM's presets were made with rhoRK 2heun; churn within segments, a part of its settings for ImageNet, is left out.
 
     Raises ValueError for samplers that choose their own steps, and for lines that are no segments.
 
@@ -98,6 +98,7 @@ class Restart(Wrapper):
         PRESETS["SD, CFG 5 to 8"],
         "With preset custom: one segment per line, t_min, t_max, n, K. From t_min noise is added up to t_max, then n - 1 steps "
         "lead down again, K times. On flow models in sigma / (1 - sigma).",
+        multiline=True,
     )
     S_noise: float = param(
         1.0,
@@ -133,9 +134,6 @@ class Restart(Wrapper):
     def nfe(self, steps: int) -> int | None:
         """None where there are segments: which of them are run depends on the sigmas."""
         return None if segments_of(self.lines, self.title) else self.solver.nfe(steps)
-
-    def grid(self, times: Sequence[float]) -> list[float]:
-        return self.solver.grid(times)
 
     def start(self, times: Sequence[float]) -> tuple[tuple[float, ...], int, Any]:
         check_starts_anew(self.solver, times, self.title)

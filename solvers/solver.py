@@ -83,10 +83,6 @@ class Solver(Method):
         """Network calls of a run over ``steps`` steps to t = 0; None where the data decide."""
         return self.calls * (steps - 1) + 1 if steps > 0 else 0
 
-    def grid(self, times: Sequence[float]) -> list[float]:
-        """The times its steps really go over. Multi-call solvers that spend a budget of calls take several at once."""
-        return list(times)
-
     @abstractmethod
     def start(self, times: Sequence[float]) -> Any:
         """The state before the first of the steps over ``times``."""
@@ -114,12 +110,10 @@ def solve(problem: Problem, solver: Solver, x: torch.Tensor, times: Sequence[flo
     """Run ``solver`` over ``times`` (strictly decreasing floats), yielding every step.
 
     The only loop of the pack: previews, trajectories, early stops and optimizers all consume this iterator. The last
-    step's ``x`` is the sample at ``times[-1]``; with fewer than two times nothing is yielded. A step of ``solver.grid(times)``
-    is yielded each.
+    step's ``x`` is the sample at ``times[-1]``; with fewer than two times nothing is yielded.
     """
     times = [float(t) for t in times]
     check_times(times, problem.process)
-    times = solver.grid(times)
     state = solver.start(times)
     for s, t in pairwise(times):
         step = solver.step(problem, x, s, t, state)

@@ -16,19 +16,19 @@ from .solver import Problem, Solver, Step, Wrapper
 
 @dataclass(frozen=True)
 class Switch(Wrapper):
-    """Two samplers in one run: one between start_percent and end_percent, the other before and after. Noise in the middle
-    only (SDE-DPM-Solver++ inside, DPM-Solver++ outside) redraws the picture where errors are made, and leaves its layout and
-    its fine detail to the quieter sampler.
+    """Two samplers in one run: one between start_percent and end_percent, the other before and after. Noise in the
+    middle only (SDE-DPM-Solver++ inside, DPM-Solver++ outside) redraws the picture where errors are made, and leaves
+    its layout and its fine detail to the quieter sampler.
 
-    A step from sigma s is taken by ``inside`` if  t(1 - end_percent) < s <= t(1 - start_percent),  where t(u) is the model's
-    sigma at training time u: ComfyUI's percents, 0 for pure noise, 1 for clean. A window that no sigma falls into changes
-    nothing.
+    A step from sigma s is taken by ``inside`` if  t(1 - end_percent) < s <= t(1 - start_percent),  where t(u) is the
+    model's sigma at training time u: ComfyUI's percents, 0 for pure noise, 1 for clean. A window that no sigma falls
+    into changes nothing.
 
-    Where the samplers take turns, the new one starts without a past, so a multistep sampler begins with a first-order step
-    there, and the order of the whole is at most 2. Calls are those of the sampler that takes the step. Noise is one path for
-    both if neither asks for independent noise.
+    Where the samplers take turns, the new one starts without a past, so a multistep sampler begins with a first-order
+    step there, and the order of the whole is at most 2. Calls are those of the sampler that takes the step. Noise is
+    one path for both if neither asks for independent noise.
 
-    Raises ValueError for samplers that choose their own steps, or take several sigmas at once.
+    Raises ValueError for samplers that choose their own steps.
 
     Source: the mixed window is that of MixGRPO (Li et al. 2025, arXiv:2507.21802) and of EDM's S_tmin, S_tmax.
     """
@@ -78,10 +78,6 @@ class Switch(Wrapper):
 
     def start(self, times: Sequence[float]) -> tuple[tuple[float, ...], int, Solver | None, Any]:
         for solver in self.both:
-            if solver.grid(times) != list(times):
-                raise ValueError(
-                    f"{self.title}: {solver.title} takes several sigmas at once; choose one that does not."
-                )
             check_starts_anew(solver, times, self.title)
         return tuple(times), 0, None, None
 

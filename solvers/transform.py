@@ -44,9 +44,6 @@ class Transformed(Wrapper):
     def nfe(self, steps: int) -> int | None:
         return self.solver.nfe(steps)
 
-    def grid(self, times: Sequence[float]) -> list[float]:
-        return self.solver.grid(times)
-
     def start(self, times: Sequence[float]) -> Any:
         return [tuple(times), None, self.solver.start(times)]
 

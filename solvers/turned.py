@@ -56,9 +56,6 @@ class Turned(Wrapper):
     def nfe(self, steps: int) -> int | None:
         return self.solver.nfe(steps)
 
-    def grid(self, times: Sequence[float]) -> list[float]:
-        return self.solver.grid(times)
-
     def start(self, times: Sequence[float]) -> History:
         return self.solver.start(times)
 
