@@ -26,13 +26,14 @@ class Churn(Wrapper):
         rho_s' = (1 + gamma) rho_s,   gamma = min(S_churn / N, sqrt(2) - 1) while S_tmin <= rho_s <= S_tmax, else 0,
         x_s' = (alpha_s' / alpha_s) x_s + S_noise sqrt(sigma_s'^2 - (alpha_s' / alpha_s)^2 sigma_s^2) z.
 
-    On flow models this keeps s' below 1; pure noise, s = 1, is left as it is. The noise comes from the seed. S_churn =
-    0 is the wrapped sampler itself. No further calls; weak order 2 with rhoRK 2heun, 1 with DDIM. Published settings,
-    for 256 steps: ImageNet-64 S_churn 40, S_tmin 0.05, S_tmax 50, S_noise 1.003; CIFAR-10 30, 0.01, 1, 1.007.
+    On flow models this keeps s' below 1; pure noise, s = 1, is left as it is. The noise comes from the seed. With
+    S_churn = 0 it is the wrapped sampler itself. No further calls; weak order 2 with rhoRK 2heun, 1 with DDIM.
+    Published settings, for 256 steps: ImageNet-64 S_churn 40, S_tmin 0.05, S_tmax 50, S_noise 1.003; CIFAR-10 30,
+    0.01, 1, 1.007.
 
     It pays where the network errs. With a perfect one it only costs, as every step gets longer: for 2heun over 20
     Karras steps and Gaussian data of variance 0.4 the error of the variance is 0.010 without, 0.016 at S_churn 2,
-    0.035 from 9 on.
+    0.035 from 8.3 on.
 
     A step with churn forgets the past of the sampler: what a multistep sampler knows was seen without the noise, maybe
     at this very sigma. DPM-Solver++ 2M and its like take first-order steps there, so single-step samplers gain more.
@@ -50,8 +51,8 @@ class Churn(Wrapper):
 
     S_churn: float = param(
         2.0,
-        "Noise added over the whole run: 0 none, 2 raises sigma by a tenth at each of 20 steps. Raise it along with the steps; "
-        "from 0.41 per step on it stays the same.",
+        "Noise added over the whole run: 0 none, 2 raises sigma by a tenth at each of 20 steps. Raise it along with the "
+        "steps; from 0.41 per step on it stays the same.",
         min=0.0,
         max=1000.0,
         step=0.1,

@@ -32,7 +32,7 @@ class ConsistencySampler(Solver):
     The presets differ in r alone, with rho = sigma / alpha and u the model's training time, from 0 to 1:
 
         LCM, DMD2    r = 0, all noise is new: gamma = 1. Multistep consistency sampling; ComfyUI's "lcm"
-        TCD          u_r = (1 - gamma) u_t: gamma in time, "eta" of diffusers' TCDScheduler. Hyper-SD's LoRA for any steps
+        TCD          u_r = (1 - gamma) u_t: gamma in time, "eta" of diffusers' TCDScheduler; Hyper-SD's unified LoRA
         CTM          rho_r = sqrt(1 - gamma^2) rho_t: gamma is the share of the noise that is new, as a deviation
         Lightning    r = t, nothing is new: gamma = 0. DDIM; also for Hyper-SD's LoRAs for one number of steps
 
@@ -42,8 +42,8 @@ class ConsistencySampler(Solver):
     clean sample. SDXL Turbo's own sampler is Euler ancestral, which redraws less: take DDIM with eta 1 for it. One
     call per step.
 
-    Source: Song et al. (2023), arXiv:2303.01469, algorithm 1; Kim et al. (2023), arXiv:2310.02279, algorithm 3 (CTM); Zheng et
-    al. (2024), arXiv:2402.19159, algorithm 4 (TCD); Luo et al. (2023), arXiv:2310.04378 (LCM).
+    Source: Song et al. (2023), arXiv:2303.01469, algorithm 1; Luo et al. (2023), arXiv:2310.04378 (LCM); Kim et al.
+    (2023), arXiv:2310.02279 (CTM), with an ordinary prediction for its jump; Zheng et al. (2024), arXiv:2402.19159 (TCD).
     """
 
     id: ClassVar[str] = "Consistency"
@@ -52,14 +52,14 @@ class ConsistencySampler(Solver):
 
     preset: str = param(
         "LCM",
-        "What the model was distilled for. LCM, DMD2 and Lightning need no more; TCD and CTM use gamma. Use with the Uniform "
-        "schedule, spacing trailing.",
+        "What the model was distilled for. LCM, DMD2 and Lightning need no more; TCD and CTM use gamma. Use with the "
+        "Uniform schedule, spacing trailing.",
         options=("LCM", "TCD", "DMD2", "Lightning", "CTM"),
     )
     gamma: float = param(
         0.3,
-        "TCD and CTM only: 0 keeps the noise (deterministic), 1 renews all of it. Raise it for more detail, lower it for "
-        "steadier pictures at more steps.",
+        "TCD and CTM only: 0 keeps the noise (deterministic), 1 renews all of it. Raise it for more detail, lower it "
+        "for steadier pictures at more steps.",
         min=0.0,
         max=1.0,
         step=0.01,

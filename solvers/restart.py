@@ -82,7 +82,7 @@ class Restart(Wrapper):
 
     Raises ValueError for samplers that choose their own steps, and for lines that are no segments.
 
-    Source: Xu et al. (2023), arXiv:2306.14878, algorithm 1 and table 6; nearest sigma as in the authors' code.
+    Source: Xu et al. (2023), arXiv:2306.14878, and the authors' code, which starts from the nearest sigma too.
     """
 
     id: ClassVar[str] = "Restart"
@@ -96,8 +96,8 @@ class Restart(Wrapper):
     )
     segments: str = param(
         PRESETS["SD, CFG 5 to 8"],
-        "With preset custom: one segment per line, t_min, t_max, n, K. From t_min noise is added up to t_max, then n - 1 steps "
-        "lead down again, K times. On flow models in sigma / (1 - sigma).",
+        "With preset custom: one segment per line, t_min, t_max, n, K. From t_min noise is added up to t_max, then n - 1 "
+        "steps lead down again, K times. On flow models in sigma / (1 - sigma).",
         multiline=True,
     )
     S_noise: float = param(
