@@ -43,7 +43,8 @@ class ConsistencySampler(Solver):
     call per step.
 
     Source: Song et al. (2023), arXiv:2303.01469, algorithm 1; Luo et al. (2023), arXiv:2310.04378 (LCM); Kim et al.
-    (2023), arXiv:2310.02279 (CTM), with an ordinary prediction for its jump; Zheng et al. (2024), arXiv:2402.19159 (TCD).
+    (2023), arXiv:2310.02279 (CTM), with an ordinary prediction for its jump; Zheng et al. (2024),
+    arXiv:2402.19159 (TCD).
     """
 
     id: ClassVar[str] = "Consistency"

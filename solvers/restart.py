@@ -48,12 +48,12 @@ def segments_of(text: str, owner: str) -> list[Segment]:
             segment = Segment(float(t_min), float(t_max), int(n), int(K))
         except ValueError:
             raise ValueError(
-                f"{owner}: line {number} of segments is {line.strip()!r}; write t_min, t_max, n, K, as in 0.1, 2, 10, 2."
+                f"{owner}: line {number} of segments is {line.strip()!r}; write t_min, t_max, n, K, like 0.1, 2, 10, 2."
             ) from None
         if not (0.0 < segment.t_min < segment.t_max < math.inf and segment.n >= 2 and 1 <= segment.K <= 100):
             raise ValueError(
-                f"{owner}: line {number} of segments is {line.strip()!r}; it needs 0 < t_min < t_max, n at least 2, and "
-                "K between 1 and 100."
+                f"{owner}: line {number} of segments is {line.strip()!r}; it needs 0 < t_min < t_max, n at least 2, "
+                "and K between 1 and 100."
             )
         found.append(segment)
     return found
@@ -96,8 +96,8 @@ class Restart(Wrapper):
     )
     segments: str = param(
         PRESETS["SD, CFG 5 to 8"],
-        "With preset custom: one segment per line, t_min, t_max, n, K. From t_min noise is added up to t_max, then n - 1 "
-        "steps lead down again, K times. On flow models in sigma / (1 - sigma).",
+        "With preset custom: one segment per line, t_min, t_max, n, K. From t_min, noise is added up to t_max, then "
+        "n - 1 steps lead down again, K times. On flow models in sigma / (1 - sigma).",
         multiline=True,
     )
     S_noise: float = param(

@@ -1,4 +1,4 @@
-"""Consistency sampling, churn and windows: identities, parity with diffusers, what is refused. The laws: test_library.py."""
+"""Consistency sampling, churn and windows: identities, parity with diffusers, what is refused."""
 
 from __future__ import annotations
 

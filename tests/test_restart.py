@@ -1,4 +1,4 @@
-"""Restarts: the algorithm written out, the marginal they keep, their calls, which segments are run. The laws: test_library.py."""
+"""Restarts: the algorithm written out, the marginal they keep, their calls, which segments are run."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_with_steps_and_segments_refined_the_marginal_is_reached(process, solver
 
 @PROCESSES
 def test_restarts_contract_the_error_made_before(process):
-    """Samples that start with twice the right variance end nearer to it."""
+    """An offset at the start shrinks by the same factor at every restart."""
     t_max, t_min = measuring_range(process)
     times = uniform_lambda(process, t_max, t_min, 40)
 
