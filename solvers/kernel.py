@@ -123,8 +123,7 @@ class Noise(Kernel):
         if self.variable == "lambda":
             return process.lam(t)
         if self.variable == "t":
-            # Beyond the trained range u stands still, where no two nodes may coincide.
-            return float(process.u_of_t(t)) + math.log(t / min(max(t, process.t_min), process.t_max))
+            return training_time(process, t)
         rho = process.sigma(t) / process.alpha(t) if process.alpha(t) > 0.0 else math.inf
         return rho if self.variable == "rho" else vp_time(rho)
 
@@ -159,6 +158,16 @@ class Noise(Kernel):
             for m in range(k):
                 moments[m] += weight * (log_t - log_s) * rho * u**m
         return moments
+
+
+def training_time(process: ForwardProcess, t: float) -> float:
+    """``process.u_of_t``, and beyond the trained range, where that stands still, on along its end in log t."""
+    edge = min(max(t, process.t_min), process.t_max)
+    u = float(process.u_of_t(edge))
+    if t == edge:
+        return u
+    near = edge * 1.05 if t < edge else edge / 1.05
+    return u + (float(process.u_of_t(near)) - u) / math.log(near / edge) * math.log(t / edge)
 
 
 @lru_cache(maxsize=1)
