@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,7 +49,11 @@ class Schedule(Method):
 
     Calling it returns n + 1 times, strictly decreasing: n at which the network is called, then 0. The first is t_max,
     unless the rule is one that starts lower (it says so). With n = 1 all rules are ``[t_max, 0]``.
+
+    ``ends_clean``: False for a rule that stops above 0, whose ``nodes`` then make all of the n + 1 times.
     """
+
+    ends_clean: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -78,8 +82,9 @@ class Schedule(Method):
             )
         if process.alpha(t_max) < 0.0:
             raise ValueError(f"{self.title}: the largest sigma is {t_max:g}, but a flow model's sigmas end at 1.")
-        t = np.array([t_max]) if n == 1 else shifted(process, self.nodes(process, t_max, t_min, n), t_max, self.shift)
-        times = np.append(t, 0.0)
+        nodes = n if self.ends_clean else n + 1
+        t = t_max if nodes == 1 else shifted(process, self.nodes(process, t_max, t_min, nodes), t_max, self.shift)
+        times = np.append(t, 0.0) if self.ends_clean else np.asarray(t)
         if times.shape != (n + 1,) or times[0] > t_max or not (np.diff(times.astype(np.float32)) < 0.0).all():
             raise ValueError(
                 f"{self.title}: {n} steps with these settings do not give {n} different sigmas between {t_max:g} and "
