@@ -28,7 +28,7 @@ class GradientEstimation(Multistep):
     """
 
     id: ClassVar[str] = "GradientEstimation"
-    title: ClassVar[str] = "gradient estimation"
+    title: ClassVar[str] = "Gradient estimation"
     paper: ClassVar[str] = "Permenter and Yuan (2023), arXiv:2306.04848"
 
     gamma: float = param(
