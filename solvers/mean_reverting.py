@@ -46,7 +46,11 @@ class MeanReverting(Wrapper):
 
     mu: torch.Tensor
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors do not compare to one truth
+    def __eq__(self, other: object) -> bool:
+        return self is other  # two tensors do not compare to one truth, and Wrapper would compare the solvers alone
+
+    def __hash__(self) -> int:
+        return id(self)
 
     @property
     def calls(self) -> int:

@@ -174,3 +174,8 @@ def test_a_mean_of_its_own_for_every_row():
 def test_a_mean_that_does_not_fit_is_refused_before_the_first_call():
     with pytest.raises(ValueError, match=r"mu has shape \(3, 3\), which does not fit samples of shape \(4, 1, 2, 2\)"):
         sample(Problem(None, VP), MeanReverting(DDIM(), torch.zeros(3, 3)), begin(), TIMES)
+
+
+def test_different_means_are_different_solvers():
+    one, other = MeanReverting(DDIM(), MU), MeanReverting(DDIM(), -MU)
+    assert one == one and one != other and len({one, other}) == 2
