@@ -38,6 +38,11 @@ def process_of(model) -> ForwardProcess:
     return process_from(model.get_model_object("model_sampling"))
 
 
+def latent_in(model, latent: dict) -> torch.Tensor:
+    """The samples of a LATENT in the units samplers see."""
+    return model.model.process_latent_in(latent["samples"])
+
+
 class Sampler(comfy.samplers.KSAMPLER):
     """A SAMPLER that runs ``solver``. It keeps no state between runs: ComfyUI caches and shares it."""
 

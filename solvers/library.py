@@ -1,4 +1,4 @@
-"""All solvers, in the order of the menu, and the wrappers that build on one."""
+"""All solvers, in the order of the menu, the wrappers that build on one, and what changes the network any sampler sees."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .deis import DEIS
 from .dpm_solver_v3 import DPMSolverV3
 from .er_sde import ERSDE
 from .exponential import DDIM, DPMSolverPP, SDEDPMSolverPP
+from .exposure_bias import EpsilonScaling
 from .gradient_estimation import GradientEstimation
 from .lml import LML
 from .ml_sde import MLSDE
@@ -25,6 +26,8 @@ from .singlestep import DPMSolverSinglestep
 from .sit import SiTSDE
 from .solver import Solver, Wrapper
 from .switch import Switch
+from .thresholding import DynamicThresholding
+from .transform import Transform
 from .unipc import UniPC
 from .usf import USF
 
@@ -37,3 +40,4 @@ FAMILIES: dict[str, tuple[type[Solver], ...]] = {
 
 SOLVERS: tuple[type[Solver], ...] = tuple(solver for family in FAMILIES.values() for solver in family)
 WRAPPERS: tuple[type[Wrapper], ...] = (HB, LML, DCSolver, Churn, Restart, Switch)
+TRANSFORMS: tuple[type[Transform], ...] = (EpsilonScaling, DynamicThresholding)

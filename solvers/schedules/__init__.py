@@ -1,6 +1,7 @@
 """Schedules: at which noise levels the network is called."""
 
 from .ays import AlignYourSteps
+from .recipes import RecipeSchedule
 from .schedule import Schedule, times
 from .sigma import CosineSchedule, ExponentialSchedule, KarrasSchedule, PolyexponentialSchedule
 from .timestep import BetaSchedule, LinearQuadraticSchedule, UniformSchedule
@@ -14,6 +15,7 @@ CLOSED_FORMS: tuple[type[Schedule], ...] = (
     CosineSchedule,
     LinearQuadraticSchedule,
     AlignYourSteps,
+    RecipeSchedule,
 )
 """Every schedule that needs no model evaluation, one class each."""
 
