@@ -73,11 +73,11 @@ class EpsilonScaling(Transform):
 
         def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
             x0 = problem.denoise(x, t)
-            if isinstance(t, float):
-                scaled = self.scaled(process, x, x0, t)
-            else:
+            if isinstance(t, Sequence):
                 rows = zip(x.split(1), x0.split(1), t, strict=True)
                 scaled = torch.cat([self.scaled(process, row, clean, float(at)) for row, clean, at in rows])
+            else:
+                scaled = self.scaled(process, x, x0, t)
             return region.edited(scaled, x0, problem.mask)
 
         return denoise

@@ -88,7 +88,7 @@ class TimeShift(Transform):
         process, first = problem.process, max(times, default=math.inf)
 
         def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
-            given = [t] * len(x) if isinstance(t, float) else [float(at) for at in t]
+            given = [float(at) for at in t] if isinstance(t, Sequence) else [t] * len(x)
             if not any(at < first and self.applies(process, at) for at in given):
                 return problem.denoise(x, t)
             found = region.variance(x, problem.mask).flatten().tolist()
@@ -109,7 +109,7 @@ class TimeShift(Transform):
 
     def applies(self, process: ForwardProcess, t: float) -> bool:
         """Whether a sample of time t may be shifted."""
-        return process.u_of_t(t) * STEPS > self.cutoff and process.sigma(t) <= RHO_MAX * process.alpha(t)
+        return float(process.u_of_t(t)) * STEPS > self.cutoff and process.sigma(t) <= RHO_MAX * process.alpha(t)
 
     def coupled(self, process: ForwardProcess, t: float, variance: float) -> float:
         """t_s for a sample of that variance at time t; t itself where nothing in the window fits better."""
