@@ -16,7 +16,7 @@ ORDERS = "order {ve:.2f} (VE), {flow:.2f} (flow)"
 
 
 @defect(
-    "`dpmpp_3m_sde`, eta 0", CORE, ORDERS, "3", "`third_order = exact` takes the integral: order 3",
+    "`dpmpp_3m_sde`, eta 0", CORE, ORDERS, "3", "`DPMSolverPP`, third_order exact: order 3",
     lambda n: n["ve"] < 2.5 and n["flow"] < 2.5,
 )  # fmt: skip
 def dpmpp_3m():
@@ -27,7 +27,7 @@ def dpmpp_3m():
 
 @defect(
     "`ipndm_v`", CORE, ORDERS + "; a constant picture comes out wrong by {constant:.1e}", "4; 0",
-    "Lagrange weights on the real nodes: exact on any grid", lambda n: n["ve"] < 3.0 and n["constant"] > 1e-4,
+    "`IPNDM`, coefficients exact: Lagrange weights of the real nodes", lambda n: n["ve"] < 3.0 and n["constant"] > 1e-4,
 )  # fmt: skip
 def ipndm_v():
     """Its variable-step weights of order 4, the default, are wrong: they do not even add up to the step."""
@@ -39,7 +39,7 @@ def ipndm_v():
 
 
 @defect(
-    "`ipndm`", CORE, ORDERS, "4", "Lagrange weights on the real nodes: order 4 on any grid",
+    "`ipndm`", CORE, ORDERS, "4", "`IPNDM`, coefficients exact: order 4 on any grid",
     lambda n: n["ve"] < 2.5 and n["flow"] < 2.5,
 )  # fmt: skip
 def ipndm():
@@ -48,7 +48,7 @@ def ipndm():
 
 
 @defect(
-    "`heunpp2`", CORE, ORDERS, "2", "Heun's method: order 2 with two calls a step",
+    "`heunpp2`", CORE, ORDERS, "2", "`RhoRK`, method 2heun: order 2 with two calls a step",
     lambda n: n["ve"] < 1.5 and n["flow"] < 1.5,
 )  # fmt: skip
 def heunpp2():
@@ -57,7 +57,7 @@ def heunpp2():
 
 
 @defect(
-    "`er_sde` with solver_type ODE", CORE, ORDERS, "3", "Gauss-Legendre and the derivative at the node: order 3",
+    "`er_sde` with solver_type ODE", CORE, ORDERS, "3", "`ERSDE`, third_order exact: order 3",
     lambda n: n["ve"] < 2.5 and n["flow"] < 2.5,
 )  # fmt: skip
 def er_sde():
@@ -68,7 +68,7 @@ def er_sde():
 
 @defect(
     "`gradient_estimation`", CORE, ORDERS, "1 is all the paper says; 2 costs nothing more",
-    "gamma 1.5 on equal steps, or gamma chosen by the steps: order 2", lambda n: n["ve"] < 1.5 and n["flow"] < 1.5,
+    "`GradientEstimation`, second_order: order 2 on any grid", lambda n: n["ve"] < 1.5 and n["flow"] < 1.5,
 )  # fmt: skip
 def gradient_estimation():
     """With its default gamma 2 it extrapolates twice as far as Adams-Bashforth and stays at order 1 (gamma 1.5 has
@@ -78,7 +78,7 @@ def gradient_estimation():
 
 @defect(
     "`deis` with deis_mode rhoab", CORE, "max_order 3: {crash:.0f} of 1 runs fails; max_order 4: error {error:.0f} at 160 steps",
-    "0; below 1e-4", "rhoAB is a kernel of the multistep engine, any order",
+    "0; below 1e-4", "`DEIS`, variable rho: any order",
     lambda n: n["crash"] == 1 and n["error"] > 1,
 )  # fmt: skip
 def deis_rhoab():
@@ -95,7 +95,7 @@ def deis_rhoab():
 
 @defect(
     "`deis`", CORE, "a constant picture comes out wrong by {constant:.1e}, in float64; max_order 4: order {order:.2f} from 80 "
-    "to 160 steps (VE)", "0; 4", "Gauss-Legendre weights, exact to 1e-14", lambda n: n["constant"] > 1e-8 and n["order"] < 3.0,
+    "to 160 steps (VE)", "0; 4", "`DEIS`: Gauss-Legendre, exact to 1e-14", lambda n: n["constant"] > 1e-8 and n["order"] < 3.0,
 )  # fmt: skip
 def deis_quadrature():
     """Its weights are left Riemann sums of 10 000 points in single precision, so they do not add up to the step and the
@@ -109,7 +109,8 @@ def deis_quadrature():
 
 @defect(
     "`sa_solver` with very many steps", CORE, "largest value of the result 10^{magnitude:.0f} (`karras`, 1000 steps, eta 0, "
-    "float32; 10^{hundred:.0f} with 100 steps)", "10^0", "weights relative to the step, in float64", lambda n: n["magnitude"] > 3,
+    "float32; 10^{hundred:.0f} with 100 steps)", "10^0",
+    "`SASolver`: weights relative to the step, in float64", lambda n: n["magnitude"] > 3,
 )  # fmt: skip
 def sa_solver_many_steps():
     """Its weights come from powers of lambda itself in single precision, which short steps far from lambda 0 make
@@ -124,7 +125,7 @@ def sa_solver_many_steps():
 
 
 @defect(
-    "UniPC's `vary_coeff` corrector", CORE, ORDERS, "4", "the full double sum: order p + 1",
+    "UniPC's `vary_coeff` corrector", CORE, ORDERS, "4", "`UniPC`, variant exact: order p + 1",
     lambda n: n["ve"] < 1.5 and n["flow"] < 1.5,
 )  # fmt: skip
 def uni_pc_vary():

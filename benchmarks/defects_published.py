@@ -11,7 +11,7 @@ from _exact import VE, weak_order
 
 @defect(
     "LML sampler at its default kappa 0", PUBLISHED, "relative change of the noise prediction {exact:.0e} in float64, "
-    "{single:.2f} in float32 (SD 1.5's size, lambda 0.001)", "not 0; the same in both", "works in float64, kappa above 0",
+    "{single:.2f} in float32 (SD 1.5's size, lambda 0.001)", "not 0; the same in both", "`LML`, kappa 0.3 by default",
     lambda n: n["exact"] < 1e-6 and n["single"] > 0.05,
 )  # fmt: skip
 def lml_identity():
@@ -31,7 +31,7 @@ def lml_identity():
 
 @defect(
     "SEEDS-3 in data prediction", PUBLISHED, "the weight is {weight:.2f} at step length 0.01; weak order {order:.2f} "
-    "({right:.2f} with the right weight)", "0.01; 2", "the right weight: weak order 2", lambda n: n["order"] < n["right"] - 0.5,
+    "({right:.2f} with the right weight)", "0.01; 2", "`SEEDS`, order 3: weak order 2", lambda n: n["order"] < n["right"] - 0.5,
 )  # fmt: skip
 def seeds_3_weight():
     """The released code divides the second weight of the third stage by half of what it should and takes it at the

@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", message="To copy construct from a tensor")  # 
 
 @defect(
     "`euler`, `heun`, `dpm_2`, `heunpp2` with s_churn, flow models", CORE, "heun, s_churn 10: " + MOMENTS, "0, 0",
-    "churn in the noise-to-signal ratio: right on flow models", lambda n: abs(n["mean"]) > 0.1,
+    "`Churn` scales the signal too", lambda n: abs(n["mean"]) > 0.1,
 )  # fmt: skip
 def churn_flow():
     """Churn adds noise without scaling the signal down, so on flow models the state belongs to no sigma, and sigma may
@@ -30,7 +30,7 @@ def churn_flow():
 
 @defect(
     "the same, any model", CORE, "largest difference of two runs with one seed {difference:.1f}; runs of `heunpp2` without "
-    "churn that moved the global generator: {moved:.0f} of 1", "0; 0", "noise comes from a generator of the run's own seed",
+    "churn that moved the global generator: {moved:.0f} of 1", "0; 0", "`Churn` draws from the run's seed",
     lambda n: n["difference"] > 0.1 and n["moved"] == 1,
 )  # fmt: skip
 def churn_seed():
@@ -47,7 +47,7 @@ def churn_seed():
 
 
 @defect(
-    "`ddpm`, flow models", CORE, MOMENTS, "0, 0", "DDIM with eta 1 is DDPM on every model",
+    "`ddpm`, flow models", CORE, MOMENTS, "0, 0", "`DDIM`, eta 1, is DDPM on every model",
     lambda n: abs(n["mean"]) > 0.1,
 )  # fmt: skip
 def ddpm_flow():
@@ -56,7 +56,7 @@ def ddpm_flow():
 
 
 @defect(
-    "`res_multistep_ancestral`, flow models", CORE, MOMENTS, "0, 0", "SDE-DPM-Solver++ with the model's own alpha",
+    "`res_multistep_ancestral`, flow models", CORE, MOMENTS, "0, 0", "`SDEDPMSolverPP` with the model's own alpha",
     lambda n: abs(n["mean"]) > 0.1,
 )  # fmt: skip
 def res_multistep_ancestral_flow():
@@ -78,7 +78,7 @@ def dpmpp_2s_ancestral_cfg_pp():
 
 @defect(
     "`euler_ancestral` with eta above 1", CORE, "eta 2, 20 steps: variance {variance:+.0%} (VE); eta 1: {one:+.0%}", "the nodes "
-    "allow up to 100", "eta is bounded where the formula ends", lambda n: n["variance"] < -0.8,
+    "allow up to 100", "`DDIM` refuses eta above 1", lambda n: n["variance"] < -0.8,
 )  # fmt: skip
 def euler_ancestral_eta():
     """Where all of the noise would be replaced the code takes the step for the last one and adds none: the network then
@@ -88,7 +88,7 @@ def euler_ancestral_eta():
 
 
 @defect(
-    "`dpmpp_sde`", CORE, "weak order {ve:.2f} (VE), {flow:.2f} (flow)", "2", "SEEDS draws correlated stage noises",
+    "`dpmpp_sde`", CORE, "weak order {ve:.2f} (VE), {flow:.2f} (flow)", "2", "-",
     lambda n: n["ve"] < 1.5,
 )  # fmt: skip
 def dpmpp_sde():
@@ -100,7 +100,7 @@ def dpmpp_sde():
 @defect(
     "`uni_pc`, `uni_pc_bh2` with 1 step", CORE,
     "a picture of 2.0 everywhere comes out with mean {mean:.2f}, standard deviation {std:.2f}", "2.00, 0.00",
-    "one step is the network's prediction", lambda n: n["std"] > 0.5,
+    "`UniPC`: one step is the network's prediction", lambda n: n["std"] > 0.5,
 )  # fmt: skip
 def uni_pc_one_step():
     """The loop calls the network but takes no step: the starting noise is returned."""
@@ -112,7 +112,7 @@ def uni_pc_one_step():
 
 @defect(
     "`uni_pc`, `uni_pc_bh2`", CORE, "last sigma {before:g} before, {after:g} after; a constant picture keeps noise of "
-    "standard deviation {left:.1e}", "0; 0; 0", "sigmas are never written to; the last step is the prediction",
+    "standard deviation {left:.1e}", "0; 0; 0", "`UniPC` ends in the prediction at 0; nothing given is written to",
     lambda n: n["after"] > 0,
 )  # fmt: skip
 def uni_pc_in_place():
@@ -126,7 +126,7 @@ def uni_pc_in_place():
 
 @defect(
     "`dpm_fast`, `dpm_adaptive`", CORE, "`simple`, 8 steps: noise of standard deviation {fast:.2f} and {adaptive:.2f} is "
-    "left in a constant picture", "0", "the last step to 0 is taken", lambda n: n["fast"] > 0.1 and n["adaptive"] > 0.1,
+    "left in a constant picture", "0", "`DPMSolverAdaptive` takes the step to 0", lambda n: n["fast"] > 0.1 and n["adaptive"] > 0.1,
 )  # fmt: skip
 def dpm_last_sigma():
     """They stop at the last sigma above 0 and return the picture with that noise in it; the sigmas in between are
@@ -139,7 +139,7 @@ def dpm_last_sigma():
 
 @defect(
     "`dpm_adaptive`", CORE, "largest change of a sample when three others join its batch {change:.1e}", "0",
-    "a step size per sample", lambda n: n["change"] > 1e-3,
+    "`DPMSolverAdaptive`: a step size per sample", lambda n: n["change"] > 1e-3,
 )  # fmt: skip
 def dpm_adaptive_batch():
     """The step size follows the error of the whole batch, so a picture depends on what it is made together with."""
@@ -173,7 +173,7 @@ def cfg_pp_limit():
 @defect(
     "`Epsilon Scaling`, flow models", CORE, "factor 1.005, 40 Euler steps: mean {mean:+.4f} of 0.475, variance {variance:+.1%} "
     "against the unscaled run (scaled noise: {right_mean:.4f}, {right:+.1%})", "mean 0; as scaled noise",
-    "scales the noise itself", lambda n: abs(n["mean"]) > 1e-3,
+    "`EpsilonScaling` scales the noise itself", lambda n: abs(n["mean"]) > 1e-3,
 )  # fmt: skip
 def epsilon_scaling_flow():
     """It divides x - x0, which on flow models is not the noise but the velocity: pictures lose contrast and little of the

@@ -10,7 +10,7 @@ from comfy.k_diffusion import sampling as core
 
 @defect(
     "`ddim_uniform`", SCHEDULES, "12 steps asked, {twelve:.0f} given; 30 asked, {thirty:.0f} given", "12; 30",
-    "as many steps as asked", lambda n: n["thirty"] != 30,
+    "`UniformSchedule`: as many as asked", lambda n: n["thirty"] != 30,
 )  # fmt: skip
 def ddim_uniform_steps():
     """The stride is rounded down to whole training steps, so there may be more steps than asked for."""
@@ -22,7 +22,7 @@ def ddim_uniform_steps():
 
 @defect(
     "`beta`", SCHEDULES, "200 steps asked, {some:.0f} given; 1000 asked, {many:.0f} given", "200; 1000",
-    "nodes are kept apart instead of dropped", lambda n: n["many"] != 1000,
+    "`BetaSchedule` keeps nodes apart instead", lambda n: n["many"] != 1000,
 )  # fmt: skip
 def beta_steps():
     """Nodes that round to the same training step are dropped. (Below about 200 steps there are none.)"""
@@ -31,7 +31,7 @@ def beta_steps():
 
 
 @defect(
-    "`kl_optimal` with 1 step", SCHEDULES, "the sigmas that are no number: {bad:.0f}", "0", "one step is [sigma_max, 0]",
+    "`kl_optimal` with 1 step", SCHEDULES, "the sigmas that are no number: {bad:.0f}", "0", "`CosineSchedule`: [sigma_max, 0]",
     lambda n: n["bad"] > 0,
 )  # fmt: skip
 def kl_optimal_one_step():
@@ -42,7 +42,7 @@ def kl_optimal_one_step():
 
 @defect(
     "`LaplaceScheduler`", SCHEDULES, "20 steps asked, {steps:.0f} given; the last sigma is {last:.3f}", "20; 0",
-    "every schedule ends at 0", lambda n: n["last"] > 0,
+    "-", lambda n: n["last"] > 0,
 )  # fmt: skip
 def laplace_end():
     """It returns as many sigmas as steps and no final 0: one step fewer, and its noise is left in the picture."""

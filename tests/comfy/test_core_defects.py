@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from comfyui_version import __version__ as VERSION
+from quickstep_under_test.solvers import library
+from quickstep_under_test.solvers.schedules import CLOSED_FORMS
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = {  # check: {number: (from, to)}
@@ -60,3 +63,12 @@ def test_every_check_is_on_the_page():
         line for line in page.splitlines() if line.startswith(("| `", "| the ", "| UniPC", "| LML", "| SEEDS", "- **"))
     ]
     assert len(rows) == source.count("@defect(")
+
+
+def test_what_quickstep_offers_instead_exists():
+    page = (ROOT / "docs" / "defects.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[-2] for line in page.splitlines() if line.startswith("|")]
+    named = {word for cell in cells for word in re.findall(r"`(\w+)`", cell)}
+    methods = (*library.SOLVERS, *library.WRAPPERS, *library.TRANSFORMS, *CLOSED_FORMS)
+    assert len(named) > 15
+    assert named <= {method.id for method in methods}
