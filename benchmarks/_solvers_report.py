@@ -13,7 +13,7 @@ from quickstep.nodes.plot import line_plot
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # demo/ is before it, and has a run.py as well
-from run import hardware  # noqa: E402
+from _hardware import hardware  # noqa: E402
 
 RESULTS = HERE / "results"
 AS_GOOD = 1.02  # a ratio of errors this close to 1 is a draw

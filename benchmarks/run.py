@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
+from _hardware import hardware
+
 HERE = Path(__file__).resolve().parent
 NAMES = ("orders", "overhead", "demo_table", "deepcache_sd15")
-
-
-def hardware() -> str:
-    """The processor, cores and, if there is one, the GPU."""
-    import os
-
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{cpu}, {os.cpu_count()} cores, {gpu}, torch {torch.__version__}"
 
 
 def main() -> int:

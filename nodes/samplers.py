@@ -24,7 +24,8 @@ class MeanRevertingSampler(io.ComfyNode):
             node_id=PREFIX + MeanReverting.id,
             display_name=f"{MeanReverting.title} (Quickstep)",
             category="Quickstep/samplers/around a sampler",
-            description="Restoration models trained on a mean-reverting process: any sampler, around a degraded picture.",
+            description="For flow models trained to restore a degraded picture by a mean-reverting process (mu + noise to the "
+            "picture): any sampler, around that picture. On other models it changes nothing.",
             inputs=[
                 io.Sampler.Input("sampler", tooltip="The sampler to build on: one of Quickstep's."),
                 io.Model.Input("model", tooltip="Its latent format tells how the picture's latent is scaled."),
@@ -36,7 +37,7 @@ class MeanRevertingSampler(io.ComfyNode):
     @classmethod
     def execute(cls, sampler, model, mu) -> io.NodeOutput:
         solver = solver_in(sampler, MeanReverting.title)
-        return io.NodeOutput(bridge.sampler(MeanReverting(solver, latent_in(model, mu))))
+        return io.NodeOutput(bridge.sampler(MeanReverting(solver, latent_in(model, mu), plain_start=True)))
 
 
 NODES = [

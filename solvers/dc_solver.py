@@ -14,7 +14,7 @@ from .kernel import Noise, axpy
 from .method import param, part
 from .multistep import History, Multistep, Node, Place
 from .process import ForwardProcess
-from .solver import Problem, Step, Wrapper
+from .solver import Problem, SameCost, Step
 from .weights import weights
 
 KIND = "dc_ratios"
@@ -54,7 +54,7 @@ def compensated(process: ForwardProcess, nodes: tuple[Node, ...], ratio: float, 
 
 
 @dataclass(frozen=True)
-class DCSolver(Wrapper):
+class DCSolver(SameCost):
     """Compensates a multistep sampler for running with few steps and much guidance, by one number per step.
 
     Worth it only with ratios found for this very model, guidance scale, sampler and number of steps, by a search or by
@@ -113,7 +113,6 @@ class DCSolver(Wrapper):
             if self.calibration.kind != KIND:
                 raise ValueError(f"DC-Solver: the file holds {self.calibration.kind}, but {KIND} is needed here.")
         self._listed()  # refuses bad ones
-        object.__setattr__(self, "calls", self.solver.calls)
 
     def _listed(self) -> list[float]:
         """The ratios that are given one by one; empty where they come from a cascade or are all 1."""
@@ -144,13 +143,6 @@ class DCSolver(Wrapper):
     def convergence_order(self) -> int:
         as_it_is = self.calibration is None and all(rho == 1.0 for rho in self._listed())
         return self.solver.convergence_order if as_it_is else 1
-
-    @property
-    def draws(self) -> str | None:
-        return self.solver.draws
-
-    def nfe(self, steps: int) -> int | None:
-        return self.solver.nfe(steps)
 
     def start(self, times: Sequence[float]) -> Any:
         given, steps = len(self._listed()), len(times) - 1

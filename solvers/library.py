@@ -27,6 +27,7 @@ from .sit import SiTSDE
 from .solver import Solver, Wrapper
 from .switch import Switch
 from .thresholding import DynamicThresholding
+from .time_shift import TimeShift
 from .transform import Transform
 from .unipc import UniPC
 from .usf import USF
@@ -40,4 +41,4 @@ FAMILIES: dict[str, tuple[type[Solver], ...]] = {
 
 SOLVERS: tuple[type[Solver], ...] = tuple(solver for family in FAMILIES.values() for solver in family)
 WRAPPERS: tuple[type[Wrapper], ...] = (HB, LML, DCSolver, Churn, Restart, Switch)
-TRANSFORMS: tuple[type[Transform], ...] = (EpsilonScaling, DynamicThresholding)
+TRANSFORMS: tuple[type[Transform], ...] = (EpsilonScaling, DynamicThresholding, TimeShift)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from .kernel import fit
-from .solver import Problem, Step, Wrapper
+from .solver import Problem, SameCost, Step
 
 
 @dataclass(frozen=True, eq=False)
-class MeanReverting(Wrapper):
+class MeanReverting(SameCost):
     """Runs a sampler on models trained to undo a given picture plus noise (IR-SDE, DA-CLIP: rain, blur, low light), whose
     process ends at that picture instead of zero. Of no use for ordinary models.
 
@@ -34,6 +34,7 @@ class MeanReverting(Wrapper):
     data. On variance-exploding models alpha is 1, mu cancels and nothing changes: w = (x - mu) / alpha + mu, as such
     a model is best given to ComfyUI, is ordinary already, if its network is asked at x = alpha (w - mu) + mu.
 
+    plain_start: the run begins with an x without its share of mu, as ComfyUI makes it; the first step adds that.
     mu: broadcasts against x, in the same units (of a latent model: its latent). Raises ValueError where it does not.
 
     Source: Li et al. (2025), arXiv:2502.07856; the process is Luo et al.'s (2023), arXiv:2301.11699. That running on x - mu is
@@ -45,6 +46,7 @@ class MeanReverting(Wrapper):
     paper: ClassVar[str] = "Li et al. (2025), arXiv:2502.07856"
 
     mu: torch.Tensor
+    plain_start: bool = False
 
     def __eq__(self, other: object) -> bool:
         return self is other  # two tensors do not compare to one truth, and Wrapper would compare the solvers alone
@@ -53,31 +55,23 @@ class MeanReverting(Wrapper):
         return id(self)
 
     @property
-    def calls(self) -> int:
-        return self.solver.calls
-
-    @property
     def convergence_order(self) -> int:
         return self.solver.convergence_order
 
-    @property
-    def draws(self) -> str | None:
-        return self.solver.draws
-
-    def nfe(self, steps: int) -> int | None:
-        return self.solver.nfe(steps)
-
     def start(self, times: Sequence[float]) -> Any:
-        return self.solver.start(times)
+        return self.plain_start, self.solver.start(times)
 
     def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: Any) -> Step:
         mu = self._fitting(x)
+        plain, inner = state
+        if plain:
+            x = x + mu * (1.0 - problem.process.alpha(s))
 
         def denoise(y: torch.Tensor, t: Any) -> torch.Tensor:
             return problem.denoise(y + mu, t) - mu
 
-        step = self.solver.step(replace(problem, denoise=denoise), x - mu, s, t, state)
-        return Step(step.x + mu, step.x0 + mu, step.state)
+        step = self.solver.step(replace(problem, denoise=denoise), x - mu, s, t, inner)
+        return Step(step.x + mu, step.x0 + mu, (False, step.state))
 
     def _fitting(self, x: torch.Tensor) -> torch.Tensor:
         mu = tuple(self.mu.shape)

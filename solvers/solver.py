@@ -133,3 +133,18 @@ class Wrapper(Solver):
     """Abstract: a solver made of another one, which it uses for its steps."""
 
     solver: Solver = part("solver", "The sampler to build on: one of Quickstep's.")  # noqa: RUF009
+
+
+class SameCost(Wrapper):
+    """Abstract: a wrapper whose runs make the calls, and draw the noise, of the wrapped solver's."""
+
+    @property
+    def calls(self) -> int:
+        return self.solver.calls
+
+    @property
+    def draws(self) -> str | None:
+        return self.solver.draws
+
+    def nfe(self, steps: int) -> int | None:
+        return self.solver.nfe(steps)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .method import Method
-from .solver import Denoise, Problem, Step, Wrapper
+from .solver import Denoise, Problem, SameCost, Step
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Transform(Method):
 
 
 @dataclass(frozen=True)
-class Transformed(Wrapper):
+class Transformed(SameCost):
     """A solver that sees the network through a transform."""
 
     transform: Transform
@@ -31,18 +31,10 @@ class Transformed(Wrapper):
     def __post_init__(self):  # no parameters of its own
         object.__setattr__(self, "id", f"{self.solver.id}_{self.transform.id}")
         object.__setattr__(self, "title", f"{self.solver.title}, {self.transform.title}")
-        object.__setattr__(self, "calls", self.solver.calls)
 
     @property
     def convergence_order(self) -> int:
         return self.solver.convergence_order
-
-    @property
-    def draws(self) -> str | None:
-        return self.solver.draws
-
-    def nfe(self, steps: int) -> int | None:
-        return self.solver.nfe(steps)
 
     def start(self, times: Sequence[float]) -> Any:
         return [tuple(times), None, self.solver.start(times)]

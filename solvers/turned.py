@@ -15,11 +15,11 @@ import torch
 
 from .method import part
 from .multistep import History, Hooks, Multistep, Node, Place
-from .solver import Problem, Step, Wrapper
+from .solver import Problem, SameCost, Step
 
 
 @dataclass(frozen=True)
-class Turned(Wrapper):
+class Turned(SameCost):
     """Abstract: a multistep solver whose mean prediction is changed by ``turn``.
 
     From pure noise of a flow model, where data prediction has no mean yet, the step is the solver's own; the corrector of
@@ -48,13 +48,6 @@ class Turned(Wrapper):
     @property
     def convergence_order(self) -> int:
         return 1 if self.changes else self.solver.convergence_order
-
-    @property
-    def draws(self) -> str | None:
-        return self.solver.draws
-
-    def nfe(self, steps: int) -> int | None:
-        return self.solver.nfe(steps)
 
     def start(self, times: Sequence[float]) -> History:
         return self.solver.start(times)

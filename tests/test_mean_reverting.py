@@ -179,3 +179,14 @@ def test_a_mean_that_does_not_fit_is_refused_before_the_first_call():
 def test_different_means_are_different_solvers():
     one, other = MeanReverting(DDIM(), MU), MeanReverting(DDIM(), -MU)
     assert one == one and one != other and len({one, other}) == 2
+
+
+def test_a_plain_start_gets_its_share_of_the_mean():
+    """ComfyUI starts a flow model from noise alone; the process starts from the mean and noise."""
+    mu = torch.full((1, 2, 2), 0.7, dtype=torch.float64)
+    x, times = start(FLOW, 1.0), [1.0, 0.7, 0.4, 0.1, 0.0]
+    data = GaussianMixture.random()
+    problem = Problem(lambda x, t: data.denoiser(FLOW)(x - mu, t) + mu, FLOW)
+    plain = sample(problem, MeanReverting(DPMSolverPP(), mu, plain_start=True), x, times)
+    assert torch.equal(plain, sample(problem, MeanReverting(DPMSolverPP(), mu), x + mu, times))
+    assert (plain - mu - sample(Problem(data.denoiser(FLOW), FLOW), DPMSolverPP(), x, times)).abs().max() < 1e-12
