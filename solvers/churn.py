@@ -115,9 +115,9 @@ class Churn(Wrapper):
         return Step(step.x, step.x0, (times, i + 1, step.state))
 
     def raised(self, process: ForwardProcess, s: float, steps: int) -> float:
-        """s', the time at which a step from s begins."""
+        """s', the time at which a step from s begins; not beyond what the network was trained on."""
         rho = math.exp(-process.lam(s))
         gamma = min(self.S_churn / steps, math.sqrt(2.0) - 1.0)
         if gamma == 0.0 or math.isinf(rho) or not self.S_tmin <= rho <= self.S_tmax:
             return s
-        return float(process.t_of_rho((1.0 + gamma) * rho))
+        return min(float(process.t_of_rho((1.0 + gamma) * rho)), max(s, process.t_max))
