@@ -1,39 +1,33 @@
-"""Declared and measured order of every solver, as a table: ``make bench-orders``. Needs no ComfyUI; about a minute."""
+"""Declared and measured order of every solver, as a table: ``make bench-orders``. Needs no ComfyUI; some minutes.
+
+The solvers and settings are those of ``tests/library``, which the tests hold to these numbers.
+"""
 
 from __future__ import annotations
 
-from _pack import import_pack
+import sys
+import types
+from pathlib import Path
 
-import_pack()
-from quickstep.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP  # noqa: E402
-from quickstep.solvers.verify import FLOW, VE, measured_order, measured_weak_order  # noqa: E402
-
-NEVER = {"lower_order_final": "never"}
-SETTINGS = [
-    DDIM(),
-    DDIM(eta=0.5),
-    DDIM(eta=1.0),
-    DPMSolverPP(order=1, **NEVER),
-    DPMSolverPP(order=2, correction="midpoint", **NEVER),
-    DPMSolverPP(order=2, correction="taylor", **NEVER),
-    DPMSolverPP(order=3, third_order="exact", **NEVER),
-    DPMSolverPP(order=3, third_order="reference", **NEVER),
-    SDEDPMSolverPP(order=1, **NEVER),
-    SDEDPMSolverPP(order=2, correction="midpoint", **NEVER),
-    SDEDPMSolverPP(order=2, correction="taylor", **NEVER),
-    SDEDPMSolverPP(order=3, third_order="exact", **NEVER),
-    SDEDPMSolverPP(order=3, third_order="reference", **NEVER),
-]
+ROOT = Path(__file__).resolve().parent.parent
+package = sys.modules["quickstep_under_test"] = types.ModuleType("quickstep_under_test")
+package.__path__ = [str(ROOT)]
+sys.path.insert(0, str(ROOT / "tests"))
+from library import variants  # noqa: E402
+from quickstep_under_test.solvers.verify import FLOW, VE, measured_order, measured_weak_order  # noqa: E402
 
 
 def main() -> None:
     print("| solver | settings | kind | declared | measured, VE | measured, flow |\n|---|---|---|---:|---:|---:|")
-    for solver in SETTINGS:
+    for variant in variants():
+        solver = variant.solver
         measure = measured_weak_order if solver.stochastic else measured_order
-        shown = {k: v for k, v in vars(solver).items() if k not in ("lower_order_final", "noise", "s_noise")}
-        settings = ", ".join(f"{k} {v}" for k, v in shown.items())
         kind = "weak (variance)" if solver.stochastic else "global"
-        orders = " | ".join(f"{measure(solver, process):.2f}" for process in (VE, FLOW))
+        if variant.holds("order"):
+            orders = " | ".join(f"{measure(solver, process):.2f}" for process in (VE, FLOW))
+        else:
+            orders = f"{dict(variant.exempt)['order']} | "
+        settings = str(variant).partition("-")[2].replace("|", "/")
         print(f"| {solver.title} | {settings} | {kind} | {solver.convergence_order} | {orders} |", flush=True)
 
 

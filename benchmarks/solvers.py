@@ -10,7 +10,7 @@ file, or its lines, after a solver was changed: ``--redo WORD`` forgets the cand
 
 A cell is (problem, cfg, budget of network calls). A candidate takes the most steps whose calls fit the budget. On the
 exact problems every sampler meets every schedule. A network is expensive, so there all pairs are first tried on 4 other
-pictures with budgets of 8 and 16 calls at cfg 4; the KEEP best pairs, and every method in its best pair, go on.
+pictures with budgets of 8 and 16 calls at cfg 4; the ``--keep`` best pairs, and every method in its best pair, go on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ RESULTS = OUTPUT / "solvers.jsonl"
 ORACLES, NETWORKS = ("ve", "flow"), ("unet", "unet_small", "dit")
 BUDGETS, SCALES = (8, 5, 10, 6, 15, 20, 4, 12, 30), (4.0, 1.0, 7.5)  # in this order: a run may be stopped at any time
 SAMPLE_BUDGETS, SCREENING_BUDGETS, SCREENING_SCALE = (8, 15, 30), (8, 16), 4.0
-KEEP = 24
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,11 @@ def network_cells(options, records: dict[str, dict]) -> Iterator[Cell]:
     for nfe in options.nfe:
         for cfg in options.cfg:
             for name in NETWORKS:
-                for c, s in finalists(name, nfe, records):
+                for c, s in finalists(name, nfe, records, options.keep):
                     yield Cell(name, cfg, nfe, c, s, options.pictures)
 
 
-def finalists(name: str, nfe: int, records: dict[str, dict]) -> list[tuple[str, str]]:
+def finalists(name: str, nfe: int, records: dict[str, dict], keep: int) -> list[tuple[str, str]]:
     screened = SCREENING_BUDGETS[nfe > 10]
     kind = "flow" if name == "dit" else "ve"
     sampled = min(SAMPLE_BUDGETS, key=lambda n: abs(n - nfe))
@@ -142,7 +141,7 @@ def finalists(name: str, nfe: int, records: dict[str, dict]) -> list[tuple[str, 
     best = ranked(f"{name} screening", screened, "mean")
     noisy = [pair for pair in ranked(f"{kind} samples", sampled, "energy") if stochastic(pair[0])]
     first = {(samplers()[c].method, stochastic(c)): (c, s) for c, s in reversed([*best, *noisy])}
-    chosen = [*best[:KEEP], *(pair for pair in first.values() if pair[1] in schedules_of(name))]
+    chosen = [*best[:keep], *(pair for pair in first.values() if pair[1] in schedules_of(name))]
     return list(dict.fromkeys(chosen)) if best else []
 
 
@@ -205,6 +204,7 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=1.0, help="screen only this share of the pairs, the best on the exact problems"
     )
+    parser.add_argument("--keep", type=int, default=24, help="pairs that go on from the screening")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     quiet()

@@ -160,6 +160,24 @@ class Noise(Kernel):
         return moments
 
 
+def below_noise(process: ForwardProcess, s: float, t: float) -> float:
+    """Where a step to t starts: at s, or just below it if s is a flow model's pure noise, where lambda is infinite."""
+    return s if process.alpha(s) > 0.0 else max(float(process.t_of_u(1.0 - 1e-4)), (s + t) / 2.0)
+
+
+def begin(process: ForwardProcess, x: torch.Tensor, s: float, t: float, x0: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """x and s where a step to t starts (``below_noise``), x0 being the prediction at s.
+
+    Pure noise is left by a first-order step too short to matter, with the prediction that is there already; constant
+    predictions stay solved exactly, and no variance is lost.
+    """
+    below = below_noise(process, s, t)
+    if below == s:
+        return x, s
+    A, B = Data().line(process, s, below, 1.0)
+    return axpy(x * A, x0, B - A * process.alpha(s)), below
+
+
 def training_time(process: ForwardProcess, t: float) -> float:
     """``process.u_of_t``, and beyond the trained range, where that stands still, on along its end in log t."""
     edge = min(max(t, process.t_min), process.t_max)

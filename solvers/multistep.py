@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .kernel import Data, Kernel, axpy, fit, framed
+from .kernel import Data, Kernel, axpy, begin, fit, framed
 from .process import ForwardProcess
 from .solver import Problem, Solver, Step
 from .weights import weights
@@ -177,6 +177,7 @@ class Multistep(Solver):
         """``step`` with hooks of a wrapper's own."""
         process = framed(problem.process, self.in_frame)
         x0 = problem.denoise(x, s)
+        x, s = begin(process, x, s, t, x0)
         nodes = (*state.nodes, self._node(process, x, x0, s))
         if state.pending is not None and (t > 0.0 or state.pending.rule.again):
             x = correct(process, state.pending, nodes[-1])
@@ -197,24 +198,20 @@ class Multistep(Solver):
             place, x = replace(place, s=nodes[-rule.start].t), nodes[-rule.start].x
             assert x is not None  # keeps_points
         base, B = _base(problem, rule, place, x)
-        pending = None
-        if math.isinf(place.h):  # from pure noise, alpha = 0: whatever the kernel, the step is first order in x0
-            x = axpy(base, x0, B)
+        w, known = weigh(rule, place, [node.t for node in nodes])
+        used, pending = nodes[-len(w) :], None
+        if rule.corrector:
+            pending = Pending(rule, place, base, nodes[-self.span :])
+            base = base.clone()
+        base = _shift(base, B, known)
+        if hooks.turn is None:
+            x = _add(base, B, w, used, rule.kernel.key)
         else:
-            w, known = weigh(rule, place, [node.t for node in nodes])
-            used = nodes[-len(w) :]
-            if rule.corrector:
-                pending = Pending(rule, place, base, nodes[-self.span :])
-                base = base.clone()
-            base = _shift(base, B, known)
-            if hooks.turn is None:
-                x = _add(base, B, w, used, rule.kernel.key)
-            else:
-                M0 = sum(w)
-                newest = used[-1].values[rule.kernel.key]
-                p = _add(newest * fit(w[-1] / M0, newest), 1.0 / M0, w[:-1], used[:-1], rule.kernel.key)
-                p, memory = hooks.turn(place, p, nodes, memory)
-                x = axpy(base, p, B * M0)
+            M0 = sum(w)
+            newest = used[-1].values[rule.kernel.key]
+            p = _add(newest * fit(w[-1] / M0, newest), 1.0 / M0, w[:-1], used[:-1], rule.kernel.key)
+            p, memory = hooks.turn(place, p, nodes, memory)
+            x = axpy(base, p, B * M0)
         return Step(x, x0, History(state.total, state.i + 1, nodes[-self.span :], pending, memory))
 
     def _node(self, process: ForwardProcess, x: torch.Tensor, x0: torch.Tensor, t: float) -> Node:
@@ -259,8 +256,7 @@ def _add(x: torch.Tensor, B: Any, w: Sequence[Any], nodes: Sequence[Node], key: 
 def _base(problem: Problem, rule: Rule, place: Place, x: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """A x_s with the injected noise, and B."""
     process = place.process
-    kernel = rule.kernel if math.isfinite(place.h) else Data()
-    A, B = kernel.line(process, place.s, place.t, rule.kappa)
+    A, B = rule.kernel.line(process, place.s, place.t, rule.kappa)
     base = x * fit(A, x)
     gain = process.sigma(place.t) * math.sqrt(1.0 - rule.kappa**2) * rule.gain * process.noise_scale
     return (base.add_(problem.noise(place.s, place.t), alpha=gain) if gain > 0.0 else base), B
@@ -271,8 +267,7 @@ def weigh(rule: Rule, place: Place, times: Sequence[float]) -> tuple[list[Any], 
     process, kernel = place.process, rule.kernel
     start = kernel.place(process, place.s)
     length = kernel.place(process, place.t) - start
-    # A prediction at pure noise (lambda = -inf) cannot carry a polynomial: it is left out.
-    used = [t for t in times[-rule.points :] if math.isfinite(kernel.place(process, t))]
+    used = list(times[-rule.points :])
     reach = rule.reach and [[len(used) - r for r in row if r <= len(used)] for row in rule.reach]
     M = kernel.moments(process, place.s, place.t, len(reach or used), rule.kappa)
     if rule.shares is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .kernel import Data, Kernel, axpy
+from .kernel import Kernel, axpy, begin
 from .process import ForwardProcess
 from .solver import Problem
 from .weights import weights
@@ -50,21 +50,6 @@ def classical(c: Sequence[float], a: Sequence[Sequence[float]], b: Sequence[floa
         return Stage(c, used, tuple(row[j] / c for j in used))
 
     return (*(stage(*row) for row in zip(c, a, strict=True)), stage(1.0, b))
-
-
-def begin(
-    process: ForwardProcess, kernel: Kernel, x: torch.Tensor, s: float, t: float, x0: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """x and s where a step to t starts: as given, or just below where the kernel's variable is infinite at s.
-
-    That is a flow model's pure noise. It is left by a first-order step too short to matter, with the prediction that is
-    there already; constant predictions stay solved exactly, and no variance is lost.
-    """
-    if math.isfinite(kernel.place(process, s)):
-        return x, s
-    below = max(float(process.t_of_u(1.0 - 1e-4)), (s + t) / 2.0)
-    A, B = Data().line(process, s, below, 1.0)
-    return axpy(x * A, x0, B - A * process.alpha(s)), below
 
 
 def time_of(process: ForwardProcess, kernel: Kernel, stage: Stage, s: float, t: float) -> float:
@@ -122,7 +107,7 @@ def run_stages(
         Independent ones would cost an order.
     gain: factor on that noise.
     """
-    x, s = begin(process, kernel, x, s, t, x0)
+    x, s = begin(process, x, s, t, x0)
     values, predictions, times = [kernel.read(process, x, x0, s)], [x0], [s]
     noise = None
     for i, stage in enumerate(tableau):

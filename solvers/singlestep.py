@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 
 from .declared import FRAME
-from .kernel import Data, Kernel, Noise, framed
+from .kernel import Data, Kernel, Noise, begin, framed
 from .method import param
-from .runge_kutta import Stage, Tableau, begin, reach, run_stages
+from .runge_kutta import Stage, Tableau, reach, run_stages
 from .solver import Problem, Solver, Step
 
 THIRDS = (1 / 3, 2 / 3)
@@ -158,7 +158,7 @@ class DPMSolverSinglestep(Solver):
         """From one given time to the next: one stage of a step of the method."""
         kernel, times = self.kernel, state.steps[0]
         if not state.values:
-            x, s = begin(process, kernel, x, s, t, x0)
+            x, s = begin(process, x, s, t, x0)
             state = Spending(((s, *times[1:]), *state.steps[1:]), x)
             times = state.steps[0]
         values = (*state.values, kernel.read(process, x, x0, s))

@@ -22,9 +22,9 @@ from typing import Any, ClassVar
 import torch
 
 from . import region
-from .kernel import Kernel, framed
+from .kernel import Kernel, begin, framed
 from .process import ForwardProcess
-from .runge_kutta import Stage, Tableau, begin, reach, time_of
+from .runge_kutta import Stage, Tableau, reach, time_of
 from .solver import Problem, Solver, Step
 
 NEGLIGIBLE = 1e-5
@@ -155,7 +155,7 @@ class Adaptive(Solver):
     def _first(self, problem, process: ForwardProcess, x: torch.Tensor, s: float, t: float, end: float):
         x0 = problem.denoise(x, s)
         if t > 0.0:
-            x, s = begin(process, self.kernel, x, s, t, x0)
+            x, s = begin(process, x, s, t, x0)
         h = self.first(abs(self.kernel.place(process, end) - self.kernel.place(process, s)))
         return tuple(Row(own, s, h, predicted, own) for own, predicted in zip(x.split(1), x0.split(1), strict=True))
 

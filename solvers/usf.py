@@ -12,7 +12,7 @@ import torch
 
 from .dpm_solver_v3 import Statistical
 from .ems import KIND, ModelStatistics
-from .kernel import Data, Kernel, Noise, framed
+from .kernel import Data, Kernel, Noise, below_noise, framed
 from .method import param, part
 from .multistep import NO_HOOKS, Bend, History, Multistep, Place, Rule, nearest, weigh
 from .process import ForwardProcess
@@ -215,11 +215,10 @@ def to_table(solver: Multistep, times: Sequence[float], process: ForwardProcess)
             f"{solver.title} cannot be written as a USF table; deterministic linear multistep samplers can."
         )
     seen, rows = framed(process, solver.in_frame), []
-    for i, (s, t) in enumerate(pairwise(times)):
-        place = Place(seen, s, t, i, len(times) - 1, tuple(times[max(0, i - solver.span) : i + 1]))
-        # The first step from pure noise and the last to 0 are the prediction itself.
-        free = t > 0.0 and math.isfinite(place.h)
-        rows.append(replace(_row(solver, place) if free else Row(), sigma=t))
+    starts = [below_noise(seen, s, t) for s, t in pairwise(times)]
+    for i, (s, t) in enumerate(zip(starts, times[1:], strict=True)):
+        place = Place(seen, s, t, i, len(starts), tuple(starts[max(0, i - solver.span) : i + 1]))
+        rows.append(replace(_row(solver, place) if t > 0.0 else Row(), sigma=t))
     afs = solver.plan.afs if isinstance(solver, USF) else "none"
     return Table(tuple(rows), times[0] if rows else None, solver.in_frame, afs)
 
@@ -241,7 +240,7 @@ def _row(solver: Multistep, place: Place) -> Row:
 
 def _written(rule: Rule, place: Place, times: tuple[float, ...], start: int, new: bool = False) -> dict[str, Any]:
     """The fields of an ``Update`` that does what the rule does."""
-    n = sum(math.isfinite(rule.kernel.place(place.process, time)) for time in times[-rule.points :])
+    n = len(times[-rule.points :])
     counts = tuple(map(len, rule.reach)) if rule.reach else (1, *(n,) * (n - 1))
     written = {"order": len(counts), "points": tuple(q - 1 for q in counts[1:])}
     plain = rule.shares is None and (rule.reach is None or nearest(start, counts, new) == rule.reach)
