@@ -16,7 +16,8 @@ def mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     if mask is None:
         return x.mean(dims, keepdim=True)
     mask = mask.to(x).expand_as(x)
-    return (x * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp_min(1.0)
+    share = mask.mean(dims, keepdim=True)  # no sum: in float16 that of a latent of 65504 elements is infinite
+    return (x * mask).mean(dims, keepdim=True) / share.clamp_min(1.0 / x[0].numel())
 
 
 def dot(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
