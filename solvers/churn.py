@@ -96,9 +96,10 @@ class Churn(Wrapper):
         return "gaussian" if self.S_churn > 0.0 else self.solver.draws
 
     def nfe(self, steps: int) -> int | None:
-        """None for predictor-correctors that ask twice per step: a forgotten step is not corrected."""
+        """None where the first step of the sampler costs more or less than others, as every churned one is a first."""
+        calls = self.solver.nfe(steps)
         forgetful = self.S_churn > 0.0 and remembers(self.solver)
-        return None if forgetful and self.calls > 1 else self.solver.nfe(steps)
+        return None if forgetful and calls != steps else calls
 
     def start(self, times: Sequence[float]) -> tuple[tuple[float, ...], int, Any]:
         if self.S_churn > 0.0:

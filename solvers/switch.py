@@ -73,7 +73,7 @@ class Switch(Wrapper):
     def nfe(self, steps: int) -> int | None:
         """None where it depends on who takes which step."""
         outside, inside = (solver.nfe(steps) for solver in self.both)
-        forgetful = any(solver.calls > 1 and remembers(solver) for solver in self.both)
+        forgetful = outside != steps and any(map(remembers, self.both))
         return None if outside != inside or forgetful else outside
 
     def start(self, times: Sequence[float]) -> tuple[tuple[float, ...], int, Solver | None, Any]:

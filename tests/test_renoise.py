@@ -16,6 +16,7 @@ from quickstep_under_test.solvers.consistency import ConsistencySampler
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP
 from quickstep_under_test.solvers.noise import gaussian
+from quickstep_under_test.solvers.pndm import PNDM
 from quickstep_under_test.solvers.process import VarianceExploding
 from quickstep_under_test.solvers.rho_rk import RhoRK
 from quickstep_under_test.solvers.singlestep import DPMSolverSinglestep
@@ -216,4 +217,5 @@ def test_orders_and_calls_of_samplers_that_start_anew():
     budget = DPMSolverSinglestep(plan="budget")
     assert [Churn(s).convergence_order for s in (RhoRK("3kutta"), PLAIN, budget, DDIM())] == [2, 1, 1, 1]
     assert Churn(RhoRK()).nfe(10) == 19 and Churn(PLAIN).nfe(10) == 10
+    assert Churn(PNDM()).nfe(10) is None and Switch(PNDM(), PNDM()).nfe(10) is None  # more calls in every first step
     assert Switch(PLAIN, RhoRK()).nfe(10) is None and Switch(PLAIN, NOISY).nfe(10) == 10
