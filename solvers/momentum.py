@@ -50,7 +50,7 @@ class GHVB(Multistep):
 
     @property
     def points(self) -> int:
-        return math.ceil(self.order)
+        return math.ceil(self.order - 1e-9)  # rounding above a whole number is no momentum of nearly 0
 
     @property
     def beta(self) -> float:

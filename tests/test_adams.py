@@ -433,3 +433,8 @@ def test_deis_in_lambda_is_that_of_diffusers(points):
         v = theirs.step(denoise(v / vp(sigma), sigma), t, v).prev_sample
     got = sample(Problem(denoise, VE), DEIS(points, "lambda"), x, sigmas)
     assert (got - v / vp(sigmas[-1])).abs().max() < 2e-5
+
+
+def test_rounding_above_a_whole_order_of_ghvb_is_not_taken_for_momentum():
+    made = GHVB(2.0000000000000004)
+    assert made.points == 2 and made.beta == pytest.approx(1.0)
