@@ -43,10 +43,7 @@ class Statistical(Kernel):
         return process.t_of_lam(place)
 
     def read(self, process, x, x0, t):
-        alpha = process.alpha(t)
-        if alpha == 0.0:  # pure noise, where f is infinite and never asked for
-            return x0
-        l = coefficient((1.0 - self.statistics.at(np.array([process.lam(t)]))[0][0]) / alpha)
+        l = coefficient((1.0 - self.statistics.at(np.array([process.lam(t)]))[0][0]) / process.alpha(t))
         return (x * fit(l, x)).sub_(x0)
 
     def line(self, process, s, t, kappa):
@@ -100,7 +97,7 @@ class DPMSolverV3(Multistep):
     in the predictor. Otherwise the order is ``order`` where the statistics are smooth, and near 2 where they are noisy.
 
     Statistics are interpolated in lambda and integrated to round-off, where the published code rounds sigmas to their grid
-    and uses the trapezoidal rule. A first step from pure noise is first order in data prediction.
+    and uses the trapezoidal rule.
 
     Source: Zheng et al. (2023), arXiv:2310.13268, eq. 8 and section 3; the pseudo order and the corrector's half from the
     authors' code.

@@ -186,5 +186,4 @@ class SDEDPMSolverPP(MultistepDPM):
         return min(self.order, 2) if self.stochastic else self.ode_order
 
     def rule(self, place: Place) -> Rule:
-        kappa = math.exp(-self.eta * place.h) if self.eta > 0.0 else 1.0  # h may be infinite
-        return self.rule_with(place, kappa, self.s_noise)
+        return self.rule_with(place, math.exp(-self.eta * place.h), self.s_noise)

@@ -103,8 +103,6 @@ class Data(Kernel):
 
     def moments(self, process, s, t, k, kappa):
         h = process.lam(t) - process.lam(s)
-        if kappa == 0.0 or math.isinf(h):  # all of the old noise is forgotten, or there was nothing else
-            return [1.0]
         return data_moments(k, h - math.log(kappa))
 
 

@@ -57,7 +57,7 @@ class Place:
 
     @property
     def h(self) -> float:
-        """Length in lambda; infinite from pure noise."""
+        """Length in lambda."""
         return self.process.lam(self.t) - self.process.lam(self.s)
 
     def points(self, wanted: int, lower_order_final: str = "never") -> int:
@@ -273,8 +273,7 @@ def weigh(rule: Rule, place: Place, times: Sequence[float]) -> tuple[list[Any], 
     if rule.shares is not None:
         w = [M[0] * share for share in rule.shares[-len(used) :]]
     else:
-        used = used if reach else used[-len(M) :]  # fewer moments than predictions: all of the old noise is forgotten
-        if rule.bend is not None and rule.kappa > 0.0:
+        if rule.bend is not None:
             M = rule.bend(M, place.h - math.log(rule.kappa))
         w = weights([(kernel.place(process, t) - start) / length for t in used], M, reach)
     return kernel.anchor(process, place.s, place.t, used, w)

@@ -33,8 +33,7 @@ class SASolver(Multistep):
     on problems with known answers it was further off at 6 to 12 steps than the integral, so it is not the default.
 
     Deterministic order min(predictor_order + 1, corrector_order); weak order 1 for a predictor of order 1 alone, else 2:
-    noise limits it. Steps that start at pure noise on flow models are first order and are not corrected, so that a PECE run
-    from sigma = 1 makes one call less.
+    noise limits it.
 
     Source: Xue et al. (2023), arXiv:2309.05019, eq. 15 and 18 and appendix D.
     """
@@ -114,7 +113,7 @@ class SASolver(Multistep):
             place.points(self.predictor_order, self.lower_order_final),
             place.points(self.corrector_order - 1, self.lower_order_final) + 1,
             again=self.mode == "PECE",
-            kappa=math.exp(-(tau**2) * place.h) if tau > 0.0 else 1.0,  # h may be infinite
+            kappa=math.exp(-(tau**2) * place.h),
             bend=(lambda M, H: shortcut(M, -H)) if self.simple_order_2 else None,
             gain=self.s_noise,
         )

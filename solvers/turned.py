@@ -22,8 +22,7 @@ from .solver import Problem, SameCost, Step
 class Turned(SameCost):
     """Abstract: a multistep solver whose mean prediction is changed by ``turn``.
 
-    From pure noise of a flow model, where data prediction has no mean yet, the step is the solver's own; the corrector of
-    a predictor-corrector is left alone.
+    The corrector of a predictor-corrector is left alone.
     """
 
     solver: Multistep = part("solver", "The sampler to bend: DDIM, DPM-Solver++, DEIS, iPNDM ...")  # noqa: RUF009
