@@ -54,6 +54,16 @@ def free_path(name: str, suffix: str, taker: str) -> str:
     raise ValueError(f"{taker}: there are too many files called {name!r}.")
 
 
+def modified(name: str) -> float:
+    """When the file of that name was written last; 0 for ``NONE`` and what is not there."""
+    path = (
+        folder_paths.get_full_path(FOLDER, name)
+        if name != NONE and FOLDER in folder_paths.folder_names_and_paths
+        else None
+    )
+    return os.path.getmtime(path) if path else 0.0
+
+
 def warn(method: Method, process: ForwardProcess, steps: int, cfg: float | None, shape: tuple[int, ...]) -> None:
     """Say once per run what a calibration inside ``method`` was not made for."""
     for declared in parts(type(method)):

@@ -68,6 +68,10 @@ def transformed(given, transform: Transform):
     """A SAMPLER like ``given``, of this pack or any other, whose network is seen through ``transform``."""
     if isinstance(given, Sampler):
         return Sampler(Transformed(given.solver, transform))
+    if not isinstance(given, comfy.samplers.KSAMPLER):
+        raise ValueError(
+            f"{transform.title}: sampler is a {type(given).__name__}, which has no step function to work on."
+        )
     inner = given.sampler_function
 
     @torch.no_grad()

@@ -96,6 +96,11 @@ def node(
             settings |= {name: value for name, value in plugs.items() if value is not None}
             return io.NodeOutput(*run(method(**settings), **given))
 
+        @classmethod
+        def fingerprint_inputs(cls, **given):
+            files = (given.get(key) for key, p in sockets.items() if p.kind != "solver")
+            return [artifacts.modified(name) for name in files if isinstance(name, str)]
+
     Derived.__name__ = Derived.__qualname__ = method.id
     Derived.__doc__ = method.__doc__
     Derived.__module__ = __name__

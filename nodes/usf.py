@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -182,8 +181,7 @@ class LoadTable(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        path = folder_paths.get_full_path(artifacts.FOLDER, file) if file != artifacts.NONE else None
-        return os.path.getmtime(path) if path else 0.0
+        return artifacts.modified(file)
 
 
 NODES = [SolverToTable, TableSigmas, DrawTable, SaveTable, LoadTable]

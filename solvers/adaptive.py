@@ -78,10 +78,14 @@ class DPMSolverAdaptive(Adaptive):
 
     order: int = param(3, "2 is DPM-Solver-12, 3 is DPM-Solver-23.", min=2, max=3)
     rtol: float = param(
-        0.05, "Error allowed relative to the latent. Lower it for more accuracy and more calls.", min=1e-6, max=1.0
+        0.05,
+        "Error allowed relative to the latent. Lower it for more accuracy and more calls.",
+        min=1e-6,
+        max=1.0,
+        step=1e-4,
     )
     atol: float = param(
-        0.0078, "Error allowed where the latent is near 0. Lower it together with rtol.", min=1e-8, max=1.0
+        0.0078, "Error allowed where the latent is near 0. Lower it together with rtol.", min=1e-8, max=1.0, step=1e-4
     )
     algorithm: str = param(
         "data",
@@ -95,10 +99,20 @@ class DPMSolverAdaptive(Adaptive):
         options=("dpm-solver", "pid"),
     )
     h_init: float = param(
-        0.05, "First trial step in lambda. It corrects itself within a few steps.", min=1e-4, max=10.0, advanced=True
+        0.05,
+        "First trial step in lambda. It corrects itself within a few steps.",
+        min=1e-4,
+        max=10.0,
+        step=0.01,
+        advanced=True,
     )
     theta: float = param(
-        0.9, "Safety factor of the paper's rule: lower it if many steps are rejected.", min=0.1, max=1.0, advanced=True
+        0.9,
+        "Safety factor of the paper's rule: lower it if many steps are rejected.",
+        min=0.1,
+        max=1.0,
+        step=0.01,
+        advanced=True,
     )
     pcoeff: float = param(0.0, "Proportional coefficient of pid.", min=-1.0, max=1.0, step=0.01, advanced=True)
     icoeff: float = param(1.0, "Integral coefficient of pid.", min=0.0, max=2.0, step=0.01, advanced=True)

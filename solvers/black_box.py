@@ -97,10 +97,14 @@ class AdaptiveRK(Adaptive):
         options=("RK45", "RK23", "DOP853"),
     )
     rtol: float = param(
-        1e-3, "Error allowed relative to the latent. Lower it for more accuracy and more calls.", min=1e-9, max=1.0
+        1e-3,
+        "Error allowed relative to the latent. Lower it for more accuracy and more calls.",
+        min=1e-9,
+        max=1.0,
+        step=1e-6,
     )
     atol: float = param(
-        1e-3, "Error allowed where the latent is near 0. Lower it together with rtol.", min=1e-9, max=1.0
+        1e-3, "Error allowed where the latent is near 0. Lower it together with rtol.", min=1e-9, max=1.0, step=1e-6
     )
     max_calls: int = param(500, "Network calls after which the rest is done in plain steps.", min=1, max=100_000)
     variable: str = param(

@@ -15,8 +15,8 @@ Source: Zheng et al. (2023), arXiv:2310.13268, section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -127,9 +127,21 @@ class Integrals:
     known: Any
 
 
-@lru_cache(maxsize=16)
+_KEPT: WeakKeyDictionary[ModelStatistics, dict[tuple[float, float], Integrals]] = WeakKeyDictionary()
+"""A step asks for its integrals several times; they are kept for the newest steps, as long as their statistics live."""
+
+
 def integrals(statistics: ModelStatistics, a: float, b: float) -> Integrals:
     """Over lambda from a to b > a. Numbers where the statistics are numbers, else tensors of an element."""
+    kept = _KEPT.setdefault(statistics, {})
+    if (a, b) not in kept:
+        while len(kept) > 1:
+            del kept[next(iter(kept))]
+        kept[a, b] = _integrated(statistics, a, b)
+    return kept[a, b]
+
+
+def _integrated(statistics: ModelStatistics, a: float, b: float) -> Integrals:
     grid = statistics.lam.numpy()
     even = np.linspace(a, b, 2 + int((b - a) / _WIDEST))
     cuts = np.unique(np.concatenate([even, grid[(grid > a) & (grid < b)]]))

@@ -55,6 +55,8 @@ def param(default, help: str, *, min=None, max=None, step=None, options=None, ad
     kind = type(default)
     if kind not in (bool, int, float, str):
         raise TypeError(f"a parameter's default must be bool, int, float or str, not {kind.__name__}")
+    if kind is float and step is None:
+        raise TypeError("a float parameter needs a step: without one ComfyUI's widget rounds to 0.1")
     declared = dict(
         kind=kind, default=default, help=help, min=min, max=max, step=step, advanced=advanced, multiline=multiline
     )

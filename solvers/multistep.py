@@ -167,6 +167,12 @@ class Multistep(Solver):
     def hooks(self) -> Hooks:
         return NO_HOOKS
 
+    @property
+    def starts_first_order(self) -> bool:
+        """Whether the step from a flow model's pure noise is one of first order in x0, and forgotten: next to alpha = 0 noise
+        predictions divided by alpha are so large that they cancel badly."""
+        return any(kernel.key != Data.key for kernel in self.kernels)
+
     def start(self, times: Sequence[float]) -> History:
         return History(len(times) - 1)
 
@@ -177,6 +183,9 @@ class Multistep(Solver):
         """``step`` with hooks of a wrapper's own."""
         process = framed(problem.process, self.in_frame)
         x0 = problem.denoise(x, s)
+        if t > 0.0 and process.alpha(s) == 0.0 and self.starts_first_order:
+            A, B = Data().line(process, s, t, 1.0)
+            return Step(axpy(x * A, x0, B), x0, replace(state, i=state.i + 1))
         x, s = begin(process, x, s, t, x0)
         nodes = (*state.nodes, self._node(process, x, x0, s))
         if state.pending is not None and (t > 0.0 or state.pending.rule.again):

@@ -11,18 +11,19 @@ import torch
 
 
 def mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean of each sample."""
+    """Mean of each sample, summed in single precision at least: half precision ends at 65504."""
     dims = tuple(range(1, x.ndim))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:
-        return x.mean(dims, keepdim=True)
-    mask = mask.to(x).expand_as(x)
-    share = mask.mean(dims, keepdim=True)  # no sum: in float16 that of a latent of 65504 elements is infinite
-    return (x * mask).mean(dims, keepdim=True) / share.clamp_min(1.0 / x[0].numel())
+        return wide.mean(dims, keepdim=True).to(x)
+    mask = mask.to(wide).expand_as(x)
+    return ((wide * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp_min(1.0)).to(x)
 
 
 def dot(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of x y of each sample: the inner product divided by the number of elements."""
-    return mean(x * y, mask)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return mean(x.to(wide) * y, mask).to(x)
 
 
 def rms(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -88,7 +88,8 @@ class UniPC(Multistep):
 
     @property
     def in_frame(self) -> str:
-        return "vef" if self.frame == "vef" else "snr"
+        auto = "vef" if self.algorithm == "noise" else "snr"  # towards pure noise eps / alpha has no bound
+        return auto if self.frame == "auto" else self.frame
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

@@ -132,7 +132,9 @@ class USF(Multistep):
         order = min(row.convergence_order + extra for row, extra in zip(rows, inner, strict=True))
         return order if self.plan.afs == "none" else 1
 
-    def nfe(self, steps: int) -> int:
+    def nfe(self, steps: int) -> int | None:
+        if not self.plan.repeat and steps > len(self.plan.steps):
+            return None
         again = sum(self._implicit(self.plan.row(i)) for i in range(steps - 1))
         return max(steps, 0) + again - (self.plan.afs != "none" and steps > 0)
 
@@ -216,9 +218,10 @@ def to_table(solver: Multistep, times: Sequence[float], process: ForwardProcess)
         )
     seen, rows = framed(process, solver.in_frame), []
     starts = [below_noise(seen, s, t) for s, t in pairwise(times)]
+    lost = int(bool(starts) and seen.alpha(times[0]) == 0.0 and solver.starts_first_order)
     for i, (s, t) in enumerate(zip(starts, times[1:], strict=True)):
-        place = Place(seen, s, t, i, len(starts), tuple(starts[max(0, i - solver.span) : i + 1]))
-        rows.append(replace(_row(solver, place) if t > 0.0 else Row(), sigma=t))
+        place = Place(seen, s, t, i, len(starts), tuple(starts[max(lost, i - solver.span) : i + 1]))
+        rows.append(replace(_row(solver, place) if t > 0.0 and i >= lost else Row(), sigma=t))
     afs = solver.plan.afs if isinstance(solver, USF) else "none"
     return Table(tuple(rows), times[0] if rows else None, solver.in_frame, afs)
 

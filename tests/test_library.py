@@ -149,6 +149,32 @@ def test_ends_above_zero_and_single_precision(variant, process):
         assert single.dtype == torch.float32 and single.isfinite().all() and whole.isfinite().all()
 
 
+@under("clean end")
+def test_single_precision_is_enough_from_pure_noise_on(variant, process):
+    """Nothing near alpha = 0 is so large that it cancels: float32 gives what float64 gives."""
+    times = [top(process) * f for f in (1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.05)] + [0.0]
+    x = start(process, top(process))
+    noise = gaussian(x, 3)
+    drawn = []
+
+    def record(s, t):
+        drawn.append(noise(s, t))
+        return drawn[-1]
+
+    def replay(s, t):
+        return next(again).float()
+
+    double = sample(Problem(DATA.denoiser(process), process, record), variant.solver, x, times)
+    again = iter(drawn)
+    single = sample(
+        Problem(lambda x, t: DATA.denoiser(process)(x.double(), t).float(), process, replay),
+        variant.solver,
+        x.float(),
+        times,
+    )
+    assert (single - double).abs().max() < 1e-3 * max(1.0, double.abs().max())
+
+
 @under("calls")
 def test_network_calls_are_as_declared_and_never_at_zero(variant, process):
     calls = []
