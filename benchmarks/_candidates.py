@@ -16,6 +16,7 @@ from _exact import constant, model_sampling
 from quickstep.nodes.bridge import process_from, sampler
 from quickstep.solvers import library
 from quickstep.solvers.deis import DEIS
+from quickstep.solvers.er_sde import ERSDE
 from quickstep.solvers.exponential import DPMSolverPP
 from quickstep.solvers.gradient_estimation import GradientEstimation
 from quickstep.solvers.method import params, parts
@@ -58,6 +59,8 @@ TOGETHER = [  # settings that only make sense together
     GHVB(order=2.5),
     GHVB(order=3.5),
     SASolver(predictor_order=3, corrector_order=4, eta=0.0),
+    ERSDE(phi="ode", third_order="reference"),
+    ERSDE(order=2, phi="ode"),
     HB(DPMSolverPP(), beta=0.9),
     HB(UniPC(order=3), beta=0.8),
     HB(IPNDM(), beta=0.8),

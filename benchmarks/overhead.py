@@ -14,11 +14,21 @@ from _pack import import_comfy, import_pack
 
 import_comfy()
 import_pack()
+import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 from comfy.k_diffusion import sampling as core  # noqa: E402
 from comfy.model_sampling import EPS, ModelSamplingDiscrete  # noqa: E402
 from quickstep.nodes.bridge import sampler  # noqa: E402
+from quickstep.solvers.deis import DEIS  # noqa: E402
+from quickstep.solvers.dpm_solver_v3 import DPMSolverV3  # noqa: E402
+from quickstep.solvers.er_sde import ERSDE  # noqa: E402
 from quickstep.solvers.exponential import DDIM, DPMSolverPP, SDEDPMSolverPP  # noqa: E402
+from quickstep.solvers.momentum import GHVB  # noqa: E402
+from quickstep.solvers.pndm import IPNDM  # noqa: E402
+from quickstep.solvers.rho_rk import RhoRK  # noqa: E402
+from quickstep.solvers.sa import SASolver  # noqa: E402
+from quickstep.solvers.unipc import UniPC  # noqa: E402
+from quickstep.solvers.usf import USF  # noqa: E402
 
 SHAPES = {"4x64x64 (SD 1.5, 512 px)": (1, 4, 64, 64), "16x21x60x104 (Wan, 81 frames 480p)": (1, 16, 21, 60, 104)}
 STEPS, REPEATS = 20, 15
@@ -44,6 +54,20 @@ class Stored:
 def main() -> None:
     contestants = {
         "core dpmpp_2m": core.sample_dpmpp_2m,
+        "core uni_pc_bh2": comfy.samplers.ksampler("uni_pc_bh2").sampler_function,
+        "core deis": core.sample_deis,
+        "core ipndm": core.sample_ipndm,
+        "core sa_solver (eta 0)": lambda *a, **k: core.sample_sa_solver(*a, tau_func=lambda sigma: 0.0, **k),
+        "core heun": core.sample_heun,
+        "UniPC 3": sampler(UniPC(order=3)).sampler_function,
+        "DEIS 3, t": sampler(DEIS()).sampler_function,
+        "iPNDM 4": sampler(IPNDM()).sampler_function,
+        "GHVB 1.8": sampler(GHVB()).sampler_function,
+        "SA-Solver (eta 0)": sampler(SASolver(eta=0.0)).sampler_function,
+        "rhoRK-DEIS 2heun": sampler(RhoRK()).sampler_function,
+        "ER-SDE 3 (ode)": sampler(ERSDE(phi="ode")).sampler_function,
+        "DPM-Solver-v3": sampler(DPMSolverV3()).sampler_function,
+        "USF": sampler(USF()).sampler_function,
         "DDIM": sampler(DDIM()).sampler_function,
         "DPM-Solver++ 2M": sampler(DPMSolverPP(order=2)).sampler_function,
         "DPM-Solver++ 3M": sampler(DPMSolverPP(order=3)).sampler_function,

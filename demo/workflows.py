@@ -70,7 +70,7 @@ def stochastic() -> Graph:
 
 def quickstep_sampler() -> Graph:
     return _sampled(
-        "dit", "Quickstep_Sampler", "Quickstep_BetaSchedule", "a small blue circle", 10, 5, 4, "quickstep_sampler"
+        "dit", "Quickstep_Sampler", "Quickstep_BetaSchedule", "a big green triangle", 10, 1, 4, "quickstep_sampler"
     )
 
 

@@ -73,6 +73,7 @@ PUBLISHED = {
     sc.BetaSchedule: ["alpha", "beta", "space", "shift", "sigma_cut"],
     sc.LinearQuadraticSchedule: ["threshold_noise", "linear_steps", "shift"],
     sc.AlignYourSteps: ["table", "shift"],
+    sc.RecipeSchedule: ["end", "shift", "sigma_cut"],
 }
 
 

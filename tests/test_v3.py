@@ -54,7 +54,7 @@ def test_trivial_statistics_are_data_and_noise_prediction(order, process):
     data = DPMSolverV3(order=order, use_corrector="never")
     assert (run(data, process, times) - run(DPMSolverPP(order, "taylor"), process, times)).abs().max() < 1e-12
     noise = DPMSolverV3(order=order, use_corrector="never", statistics=NOISE_PREDICTION)
-    unip = UniPC(order, "exact", corrector=False, algorithm="noise")
+    unip = UniPC(order, "exact", corrector=False, algorithm="noise", frame="snr")
     assert (run(noise, process, times) - run(unip, process, times)).abs().max() < 1e-12
 
 
