@@ -50,7 +50,7 @@ class GaussianMixture:
         """The ideal ``(x, t) -> x_0`` under ``process``."""
 
         def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
-            if not isinstance(t, float):
+            if isinstance(t, Sequence):
                 return torch.cat([denoise(row[None], float(at)) for row, at in zip(x, t, strict=True)])
             alpha, sigma = process.alpha(t), process.sigma(t)
             flat = x.reshape(x.shape[0], -1)

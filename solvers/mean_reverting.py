@@ -45,7 +45,7 @@ class MeanReverting(SameCost):
     title: ClassVar[str] = "MR Sampler (mean-reverting)"
     paper: ClassVar[str] = "Li et al. (2025), arXiv:2502.07856"
 
-    mu: torch.Tensor
+    mu: torch.Tensor  # pyright: ignore[reportGeneralTypeIssues]  (part() without a default gives none)
     plain_start: bool = False
 
     def __eq__(self, other: object) -> bool:

@@ -50,7 +50,7 @@ class Param:
                 raise ValueError(f"{where} must lie between {self.min} and {self.max}.")
 
 
-def param(default, help: str, *, min=None, max=None, step=None, options=None, advanced=False, multiline=False):
+def param(default, help: str, *, min=None, max=None, step=None, options=None, advanced=False, multiline=False) -> Any:
     """Declare a dataclass field as a user-visible parameter; its type is the type of ``default``."""
     kind = type(default)
     if kind not in (bool, int, float, str):
@@ -73,7 +73,7 @@ class Part:
     help: str
 
 
-def part(kind: str, help: str, default: Any = dataclasses.MISSING):
+def part(kind: str, help: str, default: Any = dataclasses.MISSING) -> Any:
     """Declare a dataclass field that is no widget value: ``kind`` is "solver", or the kind of a calibration file."""
     return dataclasses.field(default=default, metadata={_PART: dict(kind=kind, help=help)})
 

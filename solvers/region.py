@@ -16,8 +16,8 @@ def mean(x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     if mask is None:
         return wide.mean(dims, keepdim=True).to(x)
-    mask = mask.to(wide).expand_as(x)
-    return ((wide * mask).sum(dims, keepdim=True) / mask.sum(dims, keepdim=True).clamp_min(1.0)).to(x)
+    edit = mask.to(wide).expand_as(x)
+    return ((wide * edit).sum(dims, keepdim=True) / edit.sum(dims, keepdim=True).clamp_min(1.0)).to(x)
 
 
 def dot(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

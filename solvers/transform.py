@@ -26,7 +26,7 @@ class Transform(Method):
 class Transformed(SameCost):
     """A solver that sees the network through a transform."""
 
-    transform: Transform
+    transform: Transform  # pyright: ignore[reportGeneralTypeIssues]  (part() without a default gives none)
 
     def __post_init__(self):  # no parameters of its own
         object.__setattr__(self, "id", f"{self.solver.id}_{self.transform.id}")
