@@ -14,8 +14,8 @@ from _pack import import_comfy, import_pack
 
 import_comfy()
 import_pack()
-import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
+from comfy.extra_samplers import uni_pc  # noqa: E402
 from comfy.k_diffusion import sampling as core  # noqa: E402
 from comfy.model_sampling import EPS, ModelSamplingDiscrete  # noqa: E402
 from quickstep.nodes.bridge import sampler  # noqa: E402
@@ -54,7 +54,7 @@ class Stored:
 def main() -> None:
     contestants = {
         "core dpmpp_2m": core.sample_dpmpp_2m,
-        "core uni_pc_bh2": comfy.samplers.ksampler("uni_pc_bh2").sampler_function,
+        "core uni_pc_bh2": uni_pc.sample_unipc_bh2,
         "core deis": core.sample_deis,
         "core ipndm": core.sample_ipndm,
         "core sa_solver (eta 0)": lambda *a, **k: core.sample_sa_solver(*a, tau_func=lambda sigma: 0.0, **k),
