@@ -35,7 +35,7 @@ def read(name: str, kind: str, taker: str) -> Artifact | None:
     """The artifact of that name; None for ``NONE``."""
     if name == NONE:
         return None
-    path = folder_paths.get_full_path(FOLDER, name) if FOLDER in folder_paths.folder_names_and_paths else None
+    path = _path(name)
     if path is None:
         raise ValueError(f"{taker}: there is no file {name!r} in ComfyUI's models/{FOLDER} folder.")
     return load(path, kind)
@@ -56,11 +56,7 @@ def free_path(name: str, suffix: str, taker: str) -> str:
 
 def modified(name: str) -> float:
     """When the file of that name was written last; 0 for ``NONE`` and what is not there."""
-    path = (
-        folder_paths.get_full_path(FOLDER, name)
-        if name != NONE and FOLDER in folder_paths.folder_names_and_paths
-        else None
-    )
+    path = _path(name)
     return os.path.getmtime(path) if path else 0.0
 
 
@@ -76,6 +72,12 @@ def warn(method: Method, process: ForwardProcess, steps: int, cfg: float | None,
             inner = next((v for v in vars(method).values() if isinstance(v, Method)), method)
             for sentence in mismatches(found, process, None, inner, steps, cfg, shape):
                 log.warning("%s: the calibration may not fit. %s", method.title, sentence)
+
+
+def _path(name: str) -> str | None:
+    """Where the file of that name lies; None for ``NONE`` and what is not there."""
+    known = name != NONE and FOLDER in folder_paths.folder_names_and_paths
+    return folder_paths.get_full_path(FOLDER, name) if known else None
 
 
 def _where(name: str) -> tuple[str, float]:

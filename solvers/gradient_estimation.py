@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .kernel import Kernel, Noise
+from .kernel import RHO, Kernel
 from .method import param
 from .multistep import Multistep, Place, Rule
-
-RHO = Noise("rho")
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,10 @@ class Noise(Kernel):
         return moments
 
 
+RHO = Noise("rho")
+"""The DDIM map's: Adams-Bashforth methods and their like."""
+
+
 def below_noise(process: ForwardProcess, s: float, t: float) -> float:
     """Where a step to t starts: at s, or just below it if s is a flow model's pure noise, where lambda is infinite."""
     return s if process.alpha(s) > 0.0 else max(float(process.t_of_u(1.0 - 1e-4)), (s + t) / 2.0)

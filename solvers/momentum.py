@@ -8,13 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from .kernel import Kernel, Noise
+from .kernel import RHO, Kernel
 from .method import param
 from .multistep import Hooks, Multistep, Node, Place, Rule
 from .pndm import adams_bashforth
 from .turned import Turned
-
-RHO = Noise("rho")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,12 @@ from typing import ClassVar
 
 import torch
 
-from .kernel import Kernel, Noise, framed
+from .kernel import RHO, Kernel, framed
 from .method import param
 from .multistep import History, Multistep, Node, Place, Rule
 from .process import ForwardProcess
 from .runge_kutta import Stage, Tableau, run_stages
 from .solver import Problem, Solver, Step
-
-RHO = Noise("rho")
 
 
 @lru_cache(maxsize=64)

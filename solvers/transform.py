@@ -37,10 +37,10 @@ class Transformed(SameCost):
         return self.solver.convergence_order
 
     def start(self, times: Sequence[float]) -> Any:
-        return [tuple(times), None, self.solver.start(times)]
+        return tuple(times), None, self.solver.start(times)
 
     def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: Any) -> Step:
         times, denoise, inner = state
         denoise = denoise or self.transform.around(problem, times)
         step = self.solver.step(replace(problem, denoise=denoise), x, s, t, inner)
-        return replace(step, state=[times, denoise, step.state])
+        return replace(step, state=(times, denoise, step.state))
