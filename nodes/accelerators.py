@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..solvers.caching.accelerator import Accelerator
-from ..solvers.caching.deepcache import DeepCache
+from ..solvers.caching.library import ACCELERATORS
 from .attach import attach, ledger_of, measure
 from .derive import PREFIX, node
 from .show import show_text
-
-ACCELERATORS: tuple[type[Accelerator], ...] = (DeepCache,)
 
 MODEL_TIP = "The model to accelerate. It is not changed: the output is a copy that shares its weights."
 

@@ -10,19 +10,42 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import comfy.model_management
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
-from ..solvers.caching.accelerator import Accelerator, Session
+from ..solvers.caching.accelerator import Accelerator, Run, Session
+from ..solvers.caching.composition import check, rank
 from ..solvers.report import Ledger, Meter
-from . import unet
+from .bridge import Sampler, process_from
+from .sites.evaluation import evaluation
+from .sites.unet import deepcache
 
 MEASURE = "quickstep.measure"
 FORWARD = "quickstep.forward"
-SITES: dict[str, Callable] = {"unet": unet.deepcache}
-"""For each ``Accelerator.site``: (model, accelerator, key, FORWARD) -> wrappers, or ``ValueError``."""
+ON = "quickstep.on"
+
+
+@dataclass(frozen=True)
+class Site:
+    """How accelerators of one ``Accelerator.site`` are carried out in ComfyUI.
+
+    mount: ``(model, accelerator, key, forward_key) -> {kind of wrapper: wrapper}``; raises ``ValueError`` in one sentence
+        where the accelerator cannot work on this model. Wrappers find the session of the run at ``transformer_options[key]``,
+        and the record of the network pass (``report.Forward``) at ``transformer_options[forward_key]``.
+    compiles: whether it works with torch.compile, that is, decides outside the compiled network.
+    """
+
+    mount: Callable
+    compiles: bool = False
+
+
+SITES: dict[str, Site] = {
+    "evaluation": Site(evaluation, compiles=True),
+    "unet": Site(deepcache),
+}
 
 log = logging.getLogger("quickstep")
 
@@ -104,36 +127,48 @@ def attach(model, accelerator: Accelerator):
     """A clone of ``model`` that is sampled with ``accelerator``, and measured.
 
     The same kind of accelerator put on before is replaced. Raises ``ValueError`` in one sentence where the accelerator
-    cannot work on this model.
+    cannot work on this model, or not together with another one on it.
     """
     key = key_of(accelerator)
-    _refuse_compiled(model.wrappers, accelerator.title)
+    site = SITES[accelerator.site]
+    _refuse_others(model.wrappers, accelerator, site)
     start, end = accelerator.percents
     if start > end:
         raise ValueError(
             f"{accelerator.title}: the window from start_percent = {start:g} to end_percent = {end:g} ends before it starts."
         )
-    site = SITES[accelerator.site](model, accelerator, key, FORWARD)
+    check(accelerator, on(model))
+    wrappers = site.mount(model, accelerator, key, FORWARD)
     clone = detach(measure(model), accelerator)
+    clone.set_attachments(ON, (*on(clone), accelerator))
 
     def run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         guider = executor.class_obj
         options = guider.model_options["transformer_options"]
-        _refuse_compiled(options.get("wrappers", {}), accelerator.title)
-        meter = meter_of(guider.model_options)
-        if "adaptive" in sampler_name(sampler):
-            # It compares stages of a step to choose the next; kept features would look like a step that went well.
-            if meter is not None:
-                meter.note(f"{accelerator.title} is off: the sampler chooses its steps by comparing network calls")
+        _refuse_others(options.get("wrappers", {}), accelerator, site)
+        meter = meter_of(guider.model_options) or Meter()
+        known = _run(guider, accelerator, sampler, sigmas, args, kwargs)
+        why = accelerator.off(known)
+        if why is not None:
+            meter.note(f"{accelerator.title} is off: {why}")
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        session = accelerator.start(sigmas.tolist(), _window(guider.model_patcher, accelerator))
+        if said := accelerator.note(known):
+            meter.note(said)
+        session = accelerator.start(known)
+        outer = options.get(key)
         options[key] = session
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            options.pop(key, None)
-            if meter is not None:
-                meter.held(key, session.store.peak)
+            if outer is None:
+                options.pop(key, None)
+            else:
+                options[key] = outer
+            meter.held(key, session.store.peak)
+            if session.store.overflowed:
+                meter.note(f"{accelerator.title}: the cache reached max_cache_mb, so some calls were computed in full")
+            for said in session.notes:
+                meter.note(said)
             session.close()
 
     def call(executor, x, timestep, model_options, *args, **kwargs):
@@ -143,8 +178,9 @@ def attach(model, accelerator: Accelerator):
         with session.call(float(timestep.max())):
             return executor(x, timestep, model_options, *args, **kwargs)
 
-    for kind, wrapper in {WrappersMP.OUTER_SAMPLE: run, WrappersMP.PREDICT_NOISE: call, **site}.items():
+    for kind, wrapper in {WrappersMP.OUTER_SAMPLE: run, WrappersMP.PREDICT_NOISE: call, **wrappers}.items():
         clone.add_wrapper_with_key(kind, key, wrapper)
+    _in_order(clone)
     return clone
 
 
@@ -153,7 +189,21 @@ def detach(model, accelerator: Accelerator):
     clone = model.clone()
     for kind in list(clone.wrappers):
         clone.remove_wrappers_with_key(kind, key_of(accelerator))
+    clone.set_attachments(ON, tuple(other for other in on(clone) if other.id != accelerator.id))
     return clone
+
+
+def on(model) -> tuple[Accelerator, ...]:
+    """The accelerators that are on this model."""
+    return model.get_attachment(ON) or ()
+
+
+def _in_order(model) -> None:
+    """Bring the wrappers into the order of ``composition.SITES`` behind the meter, all of them outside of other packs'."""
+    ours = [MEASURE, *map(key_of, sorted(on(model), key=lambda accelerator: rank(accelerator.site)))]
+    for kind, wrappers in model.wrappers.items():
+        first = {key: wrappers[key] for key in ours if key in wrappers}
+        model.wrappers[kind] = {**first, **{key: value for key, value in wrappers.items() if key not in first}}
 
 
 def key_of(accelerator: Accelerator) -> str:
@@ -161,15 +211,56 @@ def key_of(accelerator: Accelerator) -> str:
     return f"quickstep.{accelerator.id}"
 
 
-def _window(model, accelerator: Accelerator) -> tuple[float, float]:
-    """The sigmas between which the accelerator may work, by the model's own percentages."""
-    sampling = model.get_model_object("model_sampling")
+NOISY = ("ancestral", "sde", "lcm", "ddpm", "seeds", "sa_solver")
+"""Parts of the names of ComfyUI's samplers that add noise as they are chosen in KSamplerSelect."""
+
+
+def stochastic(sampler) -> bool:
+    """Whether a SAMPLER adds noise on the way: by its settings where it is ours, else by its name and options."""
+    if isinstance(sampler, Sampler):
+        return sampler.solver.stochastic
+    options = getattr(sampler, "extra_options", None) or {}
+    named = any(part in sampler_name(sampler) for part in NOISY) and options.get("eta", 1.0) > 0.0
+    return bool(named or options.get("eta", 0.0) or options.get("s_churn", 0.0))
+
+
+def adaptive(sampler) -> bool:
+    """Whether a SAMPLER chooses its steps by comparing calls."""
+    if isinstance(sampler, Sampler):
+        return sampler.solver.nfe(10) is None
+    return "adaptive" in sampler_name(sampler)
+
+
+def _run(guider, accelerator: Accelerator, sampler, sigmas, args, kwargs) -> Run:
+    """What is known of a run when OUTER_SAMPLE is entered, with the rest of its arguments."""
+    sampling = guider.model_patcher.get_model_object("model_sampling")
     start, end = accelerator.percents
     # A flow model's percentage 0 is sigma 1; what a sampler adds to it (churn) is still the beginning.
-    return math.inf if start <= 0.0 else float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+    first = math.inf if start <= 0.0 else float(sampling.percent_to_sigma(start))
+    seed = kwargs.get("seed", args[3] if len(args) > 3 else None)
+    return Run(
+        times=sigmas.tolist(),
+        window=(first, float(sampling.percent_to_sigma(end))),
+        process=process_from(sampling),
+        sampler=sampler_name(sampler),
+        stochastic=stochastic(sampler),
+        adaptive=adaptive(sampler),
+        both_sides="cfg_pp" in sampler_name(sampler),
+        cfg=getattr(guider, "cfg", None),
+        seed=seed or 0,
+    )
 
 
-def _refuse_compiled(wrappers: dict, title: str) -> None:
+def _refuse_others(wrappers: dict, accelerator: Accelerator, site: Site) -> None:
     # The compiler would run the wrapper once and freeze what it decided into the graph.
-    if wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile"):
-        raise ValueError(f"{title} decides anew in every network call, which torch.compile cannot; use one of the two.")
+    if not site.compiles and wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile"):
+        raise ValueError(
+            f"{accelerator.title} decides anew in every network call, which torch.compile cannot; use one of the two."
+        )
+    if accelerator.site not in ("evaluation", "unet", "blocks", "modules"):
+        return
+    for key, name in (("easycache", "EasyCache"), ("lazycache", "LazyCache")):
+        if any(key in kinds and kinds[key] for kinds in wrappers.values()):
+            raise ValueError(
+                f"{accelerator.title} and ComfyUI's {name} cannot both be on one model; use one of the two."
+            )

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from quickstep_under_test.solvers.caching.accelerator import Plan
+from quickstep_under_test.solvers.caching.accelerator import Plan, Run
 from quickstep_under_test.solvers.caching.deepcache import DeepCache, nonuniform, paper, uniform
 from quickstep_under_test.solvers.caching.store import BranchStore
 from quickstep_under_test.solvers.caching.tracker import StepTracker
@@ -17,7 +17,7 @@ PARTIAL = Plan.PARTIAL
 
 def plans(settings, calls, times, window=(math.inf, 0.0)):
     """The plan of each call, made at the times ``calls``."""
-    session = settings.start(times, window)
+    session = settings.start(Run(times, window))
     made = []
     for t in calls:
         with session.call(t):
@@ -124,7 +124,7 @@ def test_after_added_noise_the_next_call_is_full():
 
 
 def test_a_flush_forgets():
-    session = DeepCache(interval=4, warmup=0).start(grid(8))
+    session = DeepCache(interval=4, warmup=0).start(Run(grid(8)))
     with session.call(8.0):
         session.store.put(session.branches(["a"]), torch.ones(1))
     with session.call(7.0):
@@ -134,7 +134,7 @@ def test_a_flush_forgets():
 
 
 def test_a_full_call_drops_what_earlier_ones_kept():
-    session = DeepCache(interval=2, warmup=0).start(grid(8))
+    session = DeepCache(interval=2, warmup=0).start(Run(grid(8)))
     with session.call(8.0):
         session.store.put(session.branches(["early"]), torch.ones(1))
     with session.call(7.0), session.call(7.0):
@@ -145,7 +145,7 @@ def test_a_full_call_drops_what_earlier_ones_kept():
 
 
 def test_a_call_inside_a_call_is_the_same_call():
-    session = DeepCache(interval=3, warmup=0).start(grid(9))
+    session = DeepCache(interval=3, warmup=0).start(Run(grid(9)))
     for t in grid(9)[:-1]:
         with session.call(t):
             before = session.plan
@@ -157,14 +157,14 @@ def test_a_call_inside_a_call_is_the_same_call():
 
 
 def test_plan_ends_with_the_call_even_if_it_fails():
-    session = DeepCache().start(grid(9))
+    session = DeepCache().start(Run(grid(9)))
     with pytest.raises(RuntimeError), session.call(9.0):
         raise RuntimeError
     assert session.plan is None
 
 
 def test_repeated_passes_over_a_conditioning_get_keys_of_their_own():
-    session = DeepCache().start(grid(4))
+    session = DeepCache().start(Run(grid(4)))
     with session.call(4.0):
         first = session.branches(["cond", "uncond"])
         again = session.branches(["cond"])

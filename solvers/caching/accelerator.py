@@ -1,4 +1,4 @@
-"""Accelerator and Session: frozen settings, and the state of one sampling run."""
+"""Accelerator, Run and Session: frozen settings, what is known of a run beforehand, and the state of one run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from ..method import Method
+from ..process import ForwardProcess
 from .store import BranchStore
 from .tracker import Position, StepTracker
 
 ALWAYS = (math.inf, 0.0)
+EDGE = 1e-4  # of a flow model's time: its log-SNR is kept finite
 
 
 class Plan(enum.Enum):
@@ -24,14 +28,47 @@ class Plan(enum.Enum):
     PLAIN = "compute everything, keep nothing"
     FULL = "compute everything, keep what later calls reuse"
     PARTIAL = "compute a part, reuse the rest"
+    SKIP = "compute nothing, answer from what was kept"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a sampling run before its first call.
+
+    times: the schedule. window: the times between which the accelerator may work, ``window[0] >= t > window[1]``.
+    process: the model's; None in tests that need none. sampler: its name. stochastic: whether it adds noise. adaptive: whether
+    it chooses its steps by comparing calls. both_sides: whether it reads the unconditional prediction as well (CFG++).
+    cfg: the guidance scale, None for guiders without one scale.
+    """
+
+    times: Sequence[float]
+    window: tuple[float, float] = ALWAYS
+    process: ForwardProcess | None = None
+    sampler: str = ""
+    stochastic: bool = False
+    adaptive: bool = False
+    both_sides: bool = False
+    cfg: float | None = None
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return max(len(self.times) - 1, 0)
+
+    def coordinate(self, t: float) -> float:
+        """Half log-SNR at time t: where along the run t is, evenly for the network. Forecasts use it."""
+        if self.process is None:
+            return -math.log(t)
+        edge = EDGE if self.process.alpha(1.0) <= 0.0 else 0.0
+        return self.process.lam(min(max(t, edge), 1.0 - edge) if edge else t)
 
 
 @dataclass(frozen=True)
 class Accelerator(Method):
-    """Abstract: a training-free way to do less network work in a sampling run.
+    """Abstract: a training-free way to do less network work in a sampling run, or to get more from it.
 
-    Besides ``Method``'s, subclasses declare ``site``: which part of the network it hooks into, by the name that the
-    host gives it ("unet": the blocks of a UNet).
+    Besides ``Method``'s, subclasses declare ``site``: the level at which it works, by the name that the host gives it
+    (``composition.SITES``).
     """
 
     site: ClassVar[str]
@@ -42,28 +79,41 @@ class Accelerator(Method):
         """Which part of sampling may be accelerated, as fractions of it; the host knows their times."""
 
     @abstractmethod
-    def start(self, times: Sequence[float], window: tuple[float, float] = ALWAYS) -> Session:
-        """The state of a run over ``times``. A call at t may be accelerated if ``window[0] >= t > window[1]``."""
+    def start(self, run: Run) -> Session:
+        """The state of a run."""
+
+    def off(self, run: Run) -> str | None:
+        """Why this run has to do without it, as the end of "X is off: ..."; None if it need not."""
+        # Kept features would look to the sampler like a step that went well.
+        return "the sampler chooses its steps by comparing network calls" if run.adaptive else None
+
+    def note(self, run: Run) -> str | None:
+        """What the user should know about a run that it works in, a sentence without full stop; None for nothing."""
+        return None
 
 
 class Session(ABC):
     """The state of one run. It lives as long as the run and holds nothing afterwards."""
 
-    def __init__(self, times: Sequence[float], window: tuple[float, float] = ALWAYS):
-        self.tracker = StepTracker(times)
-        self.window = window
+    def __init__(self, run: Run):
+        self.run = run
+        self.tracker = StepTracker(run.times)
         self.store = BranchStore()
         self.plan: Plan | None = None
         """The plan of the current call, None between calls."""
+        self.t = math.nan
+        """The time of the current call."""
+        self.notes: list[str] = []
+        """What the user should read after the run, each a sentence without full stop."""
         self._seen: Counter[Hashable] = Counter()
 
     @abstractmethod
     def decide(self, t: float, position: Position) -> Plan:
         """The plan of the call at ``t``."""
 
-    @abstractmethod
     def flush(self) -> None:
         """Forget what was kept: the next call is about another image."""
+        self.store.clear()
 
     @contextmanager
     def call(self, t: float) -> Iterator[None]:
@@ -74,6 +124,7 @@ class Session(ABC):
         position = self.tracker.advance(t)
         if position.restarted:
             self.flush()
+        self.t = t
         self.plan = self.decide(t, position)
         self._seen.clear()
         try:
@@ -94,8 +145,31 @@ class Session(ABC):
         return keys
 
     def active(self, t: float) -> bool:
-        return self.window[0] >= t > self.window[1]
+        return self.run.window[0] >= t > self.run.window[1]
+
+    def guarded(self, position: Position, warmup: int, tail: int) -> bool:
+        """Whether the call is among the first ``warmup`` calls or in the last ``tail`` steps, which are full anyway."""
+        return position.call < warmup or position.step >= self.tracker.steps - tail
 
     def close(self) -> None:
         """The end of the run, reached or not."""
-        self.store.clear()
+        self.flush()
+
+
+class Windowed(Session):
+    """A session with nothing to decide: on inside the window, off outside."""
+
+    def decide(self, t: float, position: Position) -> Plan:
+        return Plan.FULL if self.active(t) else Plan.PLAIN
+
+
+class Answering(Session):
+    """Abstract: a session that can answer a whole call of the denoiser by itself (``Plan.SKIP``)."""
+
+    @abstractmethod
+    def answer(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        """The denoised prediction at ``x``, without the network."""
+
+    @abstractmethod
+    def learn(self, x: torch.Tensor, t: float, x0: torch.Tensor) -> None:
+        """The network's own prediction ``x0`` in a ``FULL`` call. Nothing given may be changed or kept without a copy."""

@@ -12,7 +12,6 @@ and computes output blocks first ... n - 1: the outer ring, where the fine detai
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -20,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..method import param
-from .accelerator import ALWAYS, Accelerator, Plan, Session
+from .accelerator import Accelerator, Plan, Run, Session
 from .tracker import Position
 
 
@@ -159,8 +158,8 @@ class DeepCache(Accelerator):
             )
         return self.depth
 
-    def start(self, times: Sequence[float], window: tuple[float, float] = ALWAYS) -> DeepCacheSession:
-        return DeepCacheSession(self, times, window)
+    def start(self, run: Run) -> DeepCacheSession:
+        return DeepCacheSession(self, run)
 
 
 class DeepCacheSession(Session):
@@ -171,8 +170,8 @@ class DeepCacheSession(Session):
     exactly; with several, one call in as many is full, and nothing that is reused is older than in the schedule.
     """
 
-    def __init__(self, settings: DeepCache, times: Sequence[float], window: tuple[float, float] = ALWAYS):
-        super().__init__(times, window)
+    def __init__(self, settings: DeepCache, run: Run):
+        super().__init__(run)
         self.settings = settings
         steps = self.tracker.steps
         self.gaps = [b - a for a, b in pairwise([*settings.full_steps(steps), steps]) for _ in range(b - a)]
@@ -194,4 +193,4 @@ class DeepCacheSession(Session):
 
     def flush(self) -> None:
         self.left = 0
-        self.store.clear()
+        super().flush()

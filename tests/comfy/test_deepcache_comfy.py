@@ -18,8 +18,9 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from quickstep_under_test.nodes import accelerators, attach, unet
-from quickstep_under_test.solvers.caching.accelerator import Plan
+from quickstep_under_test.nodes import accelerators, attach
+from quickstep_under_test.nodes.sites import branches, unet
+from quickstep_under_test.solvers.caching.accelerator import Plan, Run
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,7 +83,7 @@ class Bench:
 
     def __init__(self, model, settings, patches=None):
         self.network = model.model.diffusion_model
-        self.session = settings.start([3.0, 2.0, 1.0, 0.0])
+        self.session = settings.start(Run([3.0, 2.0, 1.0, 0.0]))
         self.wrapper = unet.deepcache(model, settings, KEY, attach.FORWARD)[WrappersMP.DIFFUSION_MODEL]
         self.patches = patches or {}
 
@@ -194,7 +195,7 @@ def test_what_tells_branches_apart():
     x, hook = inputs()[0], SimpleNamespace(strength=1.0)
 
     def names(x=x, **more):
-        return unet.branch_names(x, {"uuids": ["a", "b"], "cond_or_uncond": [0, 1], **more})
+        return branches.branch_names(x, {"uuids": ["a", "b"], "cond_or_uncond": [0, 1], **more})
 
     def hooked(hooks):
         base, seen = SimpleNamespace(current_patcher=SimpleNamespace(current_hooks=hooks)), []
@@ -202,7 +203,7 @@ def test_what_tells_branches_apart():
         return names(**seen[0])
 
     assert len(set(names())) == 2 and names() == names() == hooked(None)
-    assert unet.branch_names(x, {}) == [] and unet.branch_names(x[:1], {"uuids": ["a", "b"]}) == []
+    assert branches.branch_names(x, {}) == [] and unet.branch_names(x[:1], {"uuids": ["a", "b"]}) == []
     assert len(set(names(uuids=["a", "a"]))) == 2
     others = [names(torch.cat([x, x])), names(x[..., :4]), names(x.double())]
     others += [names(context_window=SimpleNamespace(index_list=frames)) for frames in ([0, 1], [1, 2])]

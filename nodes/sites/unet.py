@@ -14,11 +14,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
 )
 from comfy.patcher_extension import WrappersMP
 
-from ..solvers.caching.accelerator import Plan, Session
-from ..solvers.caching.deepcache import DeepCache
-from ..solvers.caching.work import ring_share
-
-HOOKS = "quickstep.hooks"
+from ...solvers.caching.accelerator import Plan, Session
+from ...solvers.caching.deepcache import DeepCache
+from ...solvers.caching.work import ring_share
+from .branches import branch_names, with_hooks
 
 
 def unet_of(model, needed_by: str) -> UNetModel:
@@ -38,29 +37,8 @@ def unet_of(model, needed_by: str) -> UNetModel:
     return network
 
 
-def branch_names(x: torch.Tensor, options: dict) -> list[Hashable]:
-    """What tells the branches in this batch apart; empty if the call does not say.
-
-    ComfyUI puts positive and negative conditionings, areas and context windows in one network call or in several,
-    depending on free memory. ``uuids`` names the conditioning; a copy made for an area keeps it, so the side
-    (``cond_or_uncond``) counts too.
-    """
-    uuids = options.get("uuids") or []
-    if not uuids or len(x) % len(uuids):
-        return []
-    window = getattr(options.get("context_window"), "index_list", None)
-    shared = (tuple(window) if window else None, options.get(HOOKS), tuple(x.shape[1:]), len(x) // len(uuids))
-    return [
-        (uuid, side, *shared, str(x.device), x.dtype)
-        for uuid, side in zip(uuids, options.get("cond_or_uncond", uuids), strict=False)
-    ]
-
-
 def _with_hooks(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
-    """Tells the network which weight hooks are on, and how strongly: what was kept under others is not reused."""
-    options = dict(transformer_options or {})
-    group = getattr(executor.class_obj.current_patcher, "current_hooks", None)
-    options[HOOKS] = tuple((id(hook), hook.strength) for hook in group.hooks) if group is not None else None
+    options = with_hooks(transformer_options or {}, executor.class_obj)
     return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

@@ -1,0 +1,1 @@
+"""How ComfyUI carries out what accelerators decide: one module for each level (``composition.SITES``)."""
