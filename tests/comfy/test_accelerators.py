@@ -1,0 +1,286 @@
+"""The laws every accelerator keeps, in a real ComfyUI, on small networks with random weights.
+
+An accelerator joins by a ``Variant`` in ``tests/accelerators/<family>.py``. What is equal must be equal in every bit where the
+same numbers go through the same kernels, and within ``close`` where batches are cut differently.
+"""
+
+import gc
+import importlib.util
+import sys
+import weakref
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from quickstep_under_test.nodes import attach
+from quickstep_under_test.nodes.accelerators import NODES
+from quickstep_under_test.nodes.bridge import Sampler
+from quickstep_under_test.solvers.caching.composition import conflict
+from quickstep_under_test.solvers.caching.library import ACCELERATORS
+from quickstep_under_test.solvers.exponential import SDEDPMSolverPP
+
+
+def _load(full, path):
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, path, submodule_search_locations=[str(path.parent)])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[full] = module
+        spec.loader.exec_module(module)
+    return sys.modules[full]
+
+
+HERE = Path(__file__).parent
+M = _load("quickstep_tests_comfy_models", HERE / "models.py")
+VARIANTS = _load("quickstep_tests_accelerators", HERE.parent / "accelerators" / "__init__.py").variants()
+
+STEPS = 8
+MAKERS = {"unet": M.unet, "sdxl": M.sdxl, "sd3": M.sd3, "flux": M.flux,
+          "flow": lambda: M.gaussian("flow"), "eps": lambda: M.gaussian("eps")}  # fmt: skip
+CHANNELS = {"sd3": 16, "flux": 16}
+WIDTH = {"sd3": {"width": 32, "pooled": 32}, "flux": {"width": 32, "pooled": 32}, "sdxl": {"pooled": 1280}}
+
+model_of = lru_cache(maxsize=None)(lambda name: MAKERS[name]())
+
+
+def prompts(name, tokens=8, **more):
+    return (M.conditioning(1, tokens=tokens, **WIDTH.get(name, {}), **more),
+            M.conditioning(2, tokens=tokens, **WIDTH.get(name, {}), **more))  # fmt: skip
+
+
+def sample(model, name, batch=1, size=8, tokens=8, conds=None, split=None, **options):
+    positive, negative = conds or prompts(name, tokens)
+    x = M.latent(batch, CHANNELS.get(name, 4), size)
+    return M.sample(model, positive=positive, negative=negative, x=x, **{"steps": STEPS, **options})
+
+
+@lru_cache(maxsize=None)
+def plain(name, **options):
+    """The same without any accelerator; computed once."""
+    return sample(model_of(name), name, **options)
+
+
+def split_calls(monkeypatch):
+    """No memory for positive and negative conditioning in one network call."""
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 0)
+
+
+def under(law, every=False):
+    """(variant, model): on the first of a variant's models, or on every one."""
+    cases = [(v, m) for v in VARIANTS if v.holds(law) for m in (v.models if every else v.models[:1])]
+    return pytest.mark.parametrize(("variant", "name"), cases, ids=lambda value: str(value))
+
+
+def close(a, b, limit=5e-6):
+    return float((a - b).norm() / b.norm()) < limit
+
+
+def last(model):
+    return attach.ledger_of(model).runs[-1]
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """Weak references to the sessions of all runs, and to their stores."""
+    made = []
+    for accelerator in ACCELERATORS:
+
+        def start(self, run, _start=accelerator.start):
+            session = _start(self, run)
+            made.append(weakref.ref(session))
+            return session
+
+        monkeypatch.setattr(accelerator, "start", start)
+    return made
+
+
+def test_every_accelerator_is_under_the_laws_and_has_a_node():
+    assert {v.active.id for v in VARIANTS} == {a.id for a in ACCELERATORS}
+    ids = {node.define_schema().node_id for node in NODES}
+    assert {f"Quickstep_{a.id}" for a in ACCELERATORS} <= ids
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("split", [False, True], ids=["together", "split"])
+@under("neutral", every=True)
+def test_neutral_settings_change_no_bit(variant, name, split, monkeypatch):
+    if split:
+        split_calls(monkeypatch)
+    on = attach.attach(model_of(name), variant.neutral)
+    for batch in (1, 4):
+        for cfg in variant.cfg:
+            made = sample(on, name, batch, cfg=cfg, steps=4)
+            assert torch.equal(made, plain(name, batch=batch, cfg=cfg, steps=4, split=split)), (batch, cfg)
+
+
+@under("active", every=True)
+def test_active_settings_do_something(variant, name):
+    cfg = variant.cfg[-1]
+    made = sample(attach.attach(model_of(name), variant.active), name, cfg=cfg)
+    assert made.isfinite().all() and not torch.equal(made, plain(name, cfg=cfg))
+
+
+@pytest.mark.smoke
+@under("gone")
+def test_it_is_gone_when_it_is_gone(variant, name, sessions):
+    model, cfg = model_of(name), variant.cfg[-1]
+    network = model.model.diffusion_model
+    before = plain(name, cfg=cfg)
+    attributes = {module: set(vars(module)) for module in network.modules()}
+    on = attach.attach(model, variant.active)
+    whole = sample(on, name, cfg=cfg)
+    for error in (RuntimeError, comfy.model_management.InterruptProcessingException):
+        calls = []
+
+        def trip(*_, error=error, calls=calls):
+            calls.append(None)
+            if len(calls) == 4:
+                raise error()
+
+        handle = network.register_forward_pre_hook(trip)
+        try:
+            with pytest.raises(error):
+                sample(on, name, cfg=cfg)
+        finally:
+            handle.remove()
+            comfy.model_management.interrupt_current_processing(False)
+        assert not last(on).finished
+    assert torch.equal(sample(on, name, cfg=cfg), whole)  # nothing of the runs before is left
+    off = attach.detach(on, variant.active)
+    assert attach.on(off) == () and not any(attach.key_of(variant.active) in kinds for kinds in off.wrappers.values())
+    assert torch.equal(sample(off, name, cfg=cfg), before)
+    assert attributes == {module: set(vars(module)) for module in network.modules()}
+    gc.collect()
+    assert sessions and all(ref() is None for ref in sessions)
+
+
+@under("second run")
+def test_another_size_prompt_and_seed_right_after(variant, name):
+    """A hires pass or the next prompt: as if nothing had been before."""
+    model, cfg = model_of(name), variant.cfg[-1]
+    on = attach.attach(model, variant.active)
+    sample(on, name, cfg=cfg)
+    for options in ({"size": 12, "steps": 5}, {"batch": 2, "tokens": 13, "steps": 5}):
+        assert torch.equal(
+            sample(on, name, cfg=cfg, **options), sample(attach.attach(model, variant.active), name, cfg=cfg, **options)
+        )
+
+
+@under("split", every=True)
+def test_split_and_joined_conditionings_are_the_same(variant, name, monkeypatch):
+    model, cfg = model_of(name), variant.cfg[-1]
+    on = attach.attach(model, variant.active)
+    together = sample(on, name, cfg=cfg)
+    counter = iter(range(10**6))
+    # Now and then there is room for both, as when memory runs short in the middle of a run.
+    monkeypatch.setattr(
+        comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 1e12 if next(counter) % 3 == 0 else 0
+    )
+    assert close(sample(on, name, cfg=cfg), together, 2e-5)
+
+
+SAMPLERS = ("heun", "dpmpp_2m", "dpm_2", "euler_ancestral", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp", "dpm_adaptive")
+
+
+@under("samplers")
+def test_every_kind_of_sampler(variant, name):
+    model, cfg = model_of(name), variant.cfg[-1]
+    on = attach.attach(model, variant.active)
+    for sampler in SAMPLERS:
+        assert sample(on, name, sampler=sampler, cfg=cfg, steps=5).isfinite().all(), sampler
+        if sampler == "dpm_adaptive" and variant.active.site not in ("tuning", "tokens", "tiles"):
+            assert last(on).partial == last(on).skipped == 0 and "is off" in last(on).line()
+
+
+@under("areas")
+def test_areas_masks_and_inpainting(variant, name):
+    model, cfg = model_of(name), variant.cfg[-1]
+    on = attach.attach(model, variant.active)
+    positive, negative = prompts(name)
+    area = [[positive[0][0], {**positive[0][1], "area": (8, 4, 0, 0), "strength": 1.0}]]
+    conds = (positive + area, negative)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :] = 1.0
+    x = M.latent(1, CHANNELS.get(name, 4), 8)
+    made = M.sample(on, positive=conds[0], negative=conds[1], x=x, mask=mask, cfg=cfg, steps=STEPS)
+    assert made.isfinite().all() and float(made[..., 4:, :].abs().max()) < 1e-5
+    neutral = attach.attach(model, variant.neutral)
+    options = dict(positive=conds[0], negative=conds[1], x=x, mask=mask, cfg=cfg, steps=5)
+    assert torch.equal(M.sample(neutral, **options), M.sample(model, **options))
+
+
+@under("few steps")
+def test_one_and_two_steps(variant, name):
+    on = attach.attach(model_of(name), variant.active)
+    for steps in (1, 2):
+        assert sample(on, name, steps=steps, cfg=variant.cfg[-1]).isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_torch_compile_is_said(variant):
+    """What decides inside the network cannot be compiled and says so, before or after; the rest runs."""
+    name = variant.models[0]
+    model = model_of(name)
+    compiled = model.clone()
+    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", lambda e, *a, **k: e(*a, **k))
+    later = attach.attach(model, variant.active)
+    later.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", lambda e, *a, **k: e(*a, **k))
+    if attach.SITES[variant.active.site].compiles:
+        assert torch.equal(sample(attach.attach(compiled, variant.active), name), sample(later, name))
+        return
+    with pytest.raises(ValueError, match=rf"{variant.active.title}.*torch\.compile"):
+        attach.attach(compiled, variant.active)
+    with pytest.raises(ValueError, match=r"torch\.compile"):
+        sample(later, name)
+
+
+@pytest.mark.parametrize("name", sorted({m for v in VARIANTS for m in v.models}))
+def test_two_accelerators_run_together_or_say_why_not(name):
+    firsts = {v.active.id: v for v in VARIANTS if name in v.models}.values()
+    model = model_of(name)
+    for a, b in combinations(firsts, 2):
+        if conflict(type(a.active), type(b.active)) is not None:
+            with pytest.raises(ValueError, match="cannot be used together"):
+                attach.attach(attach.attach(model, a.active), b.active)
+            continue
+        orders = [attach.attach(attach.attach(model, x.active), y.active) for x, y in ((a, b), (b, a))]
+        made = [sample(m, name, cfg=a.cfg[-1], steps=5) for m in orders]
+        assert made[0].isfinite().all() and torch.equal(*made), f"{a} and {b}: the order of the nodes matters"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_our_stochastic_solver(variant):
+    name = variant.models[0]
+    on = attach.attach(model_of(name), variant.active)
+    guider = comfy.samplers.CFGGuider(on)
+    guider.set_conds(*prompts(name))
+    guider.set_cfg(variant.cfg[-1])
+    x = M.latent(2, CHANNELS.get(name, 4))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    sigmas = comfy.samplers.calculate_sigmas(on.get_model_object("model_sampling"), "normal", 6)
+    with torch.inference_mode():
+        made = guider.sample(noise, x, Sampler(SDEDPMSolverPP()), sigmas, seed=3, disable_pbar=True)
+    assert made.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_windows_are_in_order(variant):
+    settings = {"start_percent": 0.7, "end_percent": 0.3}
+    if not settings.keys() <= set(vars(variant.active)):
+        assert variant.active.percents == (0.0, 1.0)
+        return
+    with pytest.raises(ValueError, match=rf"{variant.active.title}: the window.*ends before it starts"):
+        attach.attach(model_of(variant.models[0]), type(variant.active)(**{**vars(variant.active), **settings}))
