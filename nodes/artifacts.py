@@ -23,6 +23,11 @@ def register() -> None:
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
 
 
+def folder() -> str:
+    """Where new files go: the first of the models/quickstep folders."""
+    return folder_paths.get_folder_paths(FOLDER)[0]
+
+
 def files(kind: str) -> list[str]:
     """Names of the artifacts of this kind, ``NONE`` first."""
     if FOLDER not in folder_paths.folder_names_and_paths:
@@ -46,7 +51,7 @@ def free_path(name: str, suffix: str, taker: str) -> str:
     name = name.strip().removesuffix(suffix)
     if not name or any(c in name for c in '/\\:*?"<>|') or name.startswith("."):
         raise ValueError(f"{taker}: name = {name!r} must be a plain file name, without folders.")
-    root = folder_paths.get_folder_paths(FOLDER)[0]
+    root = folder()
     for number in range(1, 10_000):
         path = os.path.join(root, f"{name}{'' if number == 1 else f'_{number}'}{suffix}")
         if not os.path.exists(path):
