@@ -8,10 +8,12 @@ import gc
 import importlib.util
 import sys
 import weakref
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import combinations
 from pathlib import Path
 
+import comfy.controlnet
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
@@ -59,7 +61,7 @@ def sample(model, name, batch=1, size=8, tokens=8, conds=None, split=None, **opt
     return M.sample(model, positive=positive, negative=negative, x=x, **{"steps": STEPS, **options})
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain(name, **options):
     """The same without any accelerator; computed once."""
     return sample(model_of(name), name, **options)
@@ -220,6 +222,66 @@ def test_areas_masks_and_inpainting(variant, name):
     neutral = attach.attach(model, variant.neutral)
     options = dict(positive=conds[0], negative=conds[1], x=x, mask=mask, cfg=cfg, steps=5)
     assert torch.equal(M.sample(neutral, **options), M.sample(model, **options))
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """A ControlNet that always adds the same to a UNet's skips, or between a DiT's blocks."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        def residual(*shape):
+            g = torch.Generator().manual_seed(sum(shape))
+            return torch.randn(1, *shape, generator=g).expand(len(x_noisy), *shape).clone()
+
+        if self.name in ("sd3", "flux"):
+            return {"output": [residual(16, 128) for _ in range(2)]}  # 8 x 8 latents are 16 tokens
+        shapes = [(128, 2, 2), (64, 4, 4), (64, 4, 4), (32, 8, 8), (32, 8, 8)]
+        return {"output": [None, *(residual(*s) for s in shapes[::-1])][-3:], "middle": [residual(128, 2, 2)]}
+
+    def copy(self):
+        return Residuals(self.name)
+
+
+@under("control")
+def test_controlnet(variant, name):
+    """Its residuals arrive, and only once."""
+    model, cfg = model_of(name), variant.cfg[-1]
+    conds = prompts(name, control=Residuals(name)) if name in ("sd3", "flux", "unet") else prompts(name)
+    options = dict(conds=conds, cfg=cfg, steps=5)
+    unaccelerated = sample(model, name, **options)
+    assert torch.equal(sample(attach.attach(model, variant.neutral), name, **options), unaccelerated)
+    made = sample(attach.attach(model, variant.active), name, **options)
+    assert made.isfinite().all()
+    if len(conds[0][0][1]) > len(prompts(name)[0][0][1]):
+        assert not torch.equal(unaccelerated, plain(name, cfg=cfg, steps=5))
+        assert not torch.equal(made, sample(attach.attach(model, variant.active), name, cfg=cfg, steps=5))
+
+
+@under("hooks")
+def test_scheduled_lora_hooks(variant, name):
+    """A LoRA whose strength changes in the middle of the run, on one of the two conditionings."""
+    model, cfg = model_of(name), variant.cfg[-1]
+    weight = next(n for n, p in model.model.diffusion_model.named_parameters() if p.ndim == 2)
+    shape = model.model.diffusion_model.get_parameter(weight).shape
+    g = torch.Generator().manual_seed(0)
+    base = f"diffusion_model.{weight.removesuffix('.weight')}"
+    lora = {f"{base}.lora_up.weight": torch.randn(shape[0], 2, generator=g),
+            f"{base}.lora_down.weight": torch.randn(2, shape[1], generator=g)}  # fmt: skip
+    group = comfy.hooks.create_hook_lora(lora, 1.0, 1.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    frames.add(comfy.hooks.HookKeyframe(strength=0.2, start_percent=0.5))
+    group.set_keyframes_on_hooks(frames)
+    positive, negative = prompts(name)
+    conds = ([[positive[0][0], {**positive[0][1], "hooks": group}]], negative)
+    options = dict(conds=conds, cfg=cfg, steps=5)
+    unaccelerated = sample(model, name, **options)
+    assert not torch.equal(unaccelerated, plain(name, cfg=cfg, steps=5))
+    assert torch.equal(sample(attach.attach(model, variant.neutral), name, **options), unaccelerated)
+    assert sample(attach.attach(model, variant.active), name, **options).isfinite().all()
 
 
 @under("few steps")
