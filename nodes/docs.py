@@ -12,11 +12,14 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..solvers.caching.composition import FEATURES, REFUSED, SITES, SITUATIONS, conflict, verdicts
+from ..solvers.caching.library import ACCELERATORS
 from ..solvers.method import params, parts, summary
 from ..solvers.solver import Solver
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "web" / "docs"
+COMPOSITION = ROOT / "docs" / "accelerators.md"
 BEGIN, END = "<!-- methods: made by `make docs` -->", "<!-- /methods -->"
 
 
@@ -100,6 +103,39 @@ def methods(nodes: list) -> str:
     return table(("kind", "node", "what it is", "calls per step, order", "paper"), rows)
 
 
+def accelerators() -> str:
+    """``docs/accelerators.md``: which accelerators work together, with which samplers and features."""
+    made = list(ACCELERATORS)
+    levels = [(f"`{site}`", what, ", ".join(a.title for a in made if a.site == site)) for site, what in SITES.items()]
+    pairs = [(f"**{a.title}**", *("" if a is b else "no" if conflict(a, b) else "yes" for b in made)) for a in made]
+    runs = [(f"**{a.title}**", *verdicts(a).values()) for a in made]
+    why = [
+        (" and ".join(f"`{site}`" for site in sorted(sites, key=list(SITES).index)), reason)
+        for sites, reason in REFUSED.items()
+    ]
+    features = [(feature, *(answers.get(site, answers[""]) for site in SITES)) for feature, answers in FEATURES.items()]
+    parts = [
+        "# What works together",
+        "Made by `make docs` from what the code refuses and says. Accelerators work at one of these levels; an outer one decides "
+        "first, and what it answers, an inner one never sees. The order of the nodes does not matter.",
+        table(("level", "it acts on", "accelerators"), levels),
+        "## Accelerator and accelerator",
+        "*no*: the second node refuses with one sentence. Every pair that says *yes* is run by a test.",
+        table(("", *(a.title for a in made)), pairs),
+        "Why not:",
+        table(("levels", "reason"), why),
+        "## Accelerator and sampler",
+        "With default settings. *off*: the run goes on without it, and the report says why. *note*: it works, and the report "
+        "says something about it.",
+        table(("", *SITUATIONS), runs),
+        "## Accelerator and feature",
+        table(("", *(f"`{site}`" for site in SITES)), features),
+        "*T-Stitch* and the other nodes that stitch models are guiders: an accelerator on one of the models works while that "
+        "model does, and starts anew with it.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def costs(method: type) -> str:
     """Network calls per step and convergence order over all choices of ``order`` or ``points``; empty for what is no solver."""
     if not issubclass(method, Solver) or any(p.kind == "solver" for p in parts(method)):
@@ -132,6 +168,7 @@ def main(nodes: list) -> None:
         (PAGES / stale).unlink()
     for name, text in wanted.items():
         (PAGES / name).write_text(text, encoding="utf-8")
+    COMPOSITION.write_text(accelerators(), encoding="utf-8")
     readme = ROOT / "README.md"
     if readme.is_file():
         readme.write_text(with_methods(readme.read_text(encoding="utf-8"), nodes), encoding="utf-8")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerators, artifacts, compare, demo, front, samplers, schedules, usf
+from . import accelerate, accelerators, artifacts, compare, demo, front, samplers, schedules, stitch, usf
 
-MODULES = (front, samplers, usf, schedules, accelerators, compare, demo)
+MODULES = (front, samplers, usf, schedules, accelerate, accelerators, stitch, compare, demo)
 
 
 class QuickstepExtension(ComfyExtension):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .accelerator import Accelerator
+from ..process import VarianceExploding
+from .accelerator import Accelerator, Run
 
 SITES = {
     "evaluation": "whole network calls",
@@ -48,3 +49,48 @@ def check(new: Accelerator, present: Iterable[Accelerator]) -> None:
         why = None if other.id == new.id else conflict(type(new), type(other))
         if why is not None:
             raise ValueError(f"{new.title} cannot be used together with {other.title}, which is on this model: {why}.")
+
+
+SITUATIONS: dict[str, dict] = {
+    "ODE sampler": {},
+    "sampler that adds noise": {"stochastic": True},
+    "CFG++ sampler": {"both_sides": True},
+    "adaptive sampler": {"adaptive": True},
+    "CFG 1": {"cfg": 1.0},
+    "fewer than 10 steps": {"steps": 6},
+}
+"""What a run can be like that matters to accelerators, as fields of ``Run``."""
+
+
+def verdicts(accelerator: type[Accelerator]) -> dict[str, str]:
+    """For each of ``SITUATIONS``: "yes", "off" where its default settings switch it off, "note" where they say something."""
+    process = VarianceExploding(0.03, 14.6)
+
+    def verdict(steps: int = 25, **known) -> str:
+        times = [14.6 * (1 - i / steps) ** 3 for i in range(steps)] + [0.0]
+        run = Run(times, process=process, **{"cfg": 4.0, **known})
+        settings = accelerator()
+        return "off" if settings.off(run) else "note" if settings.note(run) else "yes"
+
+    return {name: verdict(**known) for name, known in SITUATIONS.items()}
+
+
+FEATURES: dict[str, dict[str, str]] = {
+    "batch": {"": "yes"},
+    "inpainting, noise masks": {"": "yes"},
+    "areas, several prompts": {"": "yes"},
+    "positive and negative in one call or two": {"": "yes"},
+    "ControlNet, T2I adapter": {"": "yes", "evaluation": "yes, its calls are saved too"},
+    "LoRA": {"": "yes"},
+    "scheduled LoRA hooks": {"": "yes, what was kept at another strength is not used", "evaluation": "yes"},
+    "context windows": {"": "yes, each has its own cache", "evaluation": "yes", "tuning": "yes"},
+    "second pass, other size": {"": "yes"},
+    "FreeU and other patches": {"": "yes", "tokens": "not attention masks of regional prompts or IP-Adapter"},
+    "perturbed attention, skip-layer guidance": {"": "yes, each pass has its own cache", "evaluation": "yes"},
+    "torch.compile": {"": "no, refused", "evaluation": "yes", "guidance": "yes", "tiles": "yes"},
+    "ComfyUI's EasyCache, LazyCache": {"": "no, refused", "guidance": "yes", "tiles": "yes", "tokens": "yes",
+                                       "tuning": "yes"},
+    "low VRAM, offloading": {"": "by construction; no GPU test"},
+    "several GPUs": {"": "by construction (a key for each device); no GPU test"},
+}  # fmt: skip
+"""How each level gets on with what else a workflow can have; "" stands for every level that is not named."""

@@ -55,3 +55,7 @@ def test_readme_table_is_up_to_date():
     readme = (docs.ROOT / "README.md").read_text(encoding="utf-8")
     assert docs.BEGIN in readme and docs.END in readme, "README.md has no place for the generated method table."
     assert docs.with_methods(readme, NODES) == readme, "README.md's method table is out of date; run `make docs`."
+
+
+def test_what_works_together_is_up_to_date():
+    assert docs.COMPOSITION.read_text(encoding="utf-8") == docs.accelerators(), "run `make docs`."
