@@ -21,7 +21,9 @@ from ..solvers.caching.composition import check, rank
 from ..solvers.report import Ledger, Meter
 from .bridge import Sampler, process_from
 from .sites.evaluation import evaluation
-from .sites.unet import deepcache
+from .sites.guidance import guidance
+from .sites.modules import modules
+from .sites.unet import unet
 
 MEASURE = "quickstep.measure"
 FORWARD = "quickstep.forward"
@@ -44,7 +46,9 @@ class Site:
 
 SITES: dict[str, Site] = {
     "evaluation": Site(evaluation, compiles=True),
-    "unet": Site(deepcache),
+    "guidance": Site(guidance, compiles=True),
+    "unet": Site(unet),
+    "modules": Site(modules),
 }
 
 log = logging.getLogger("quickstep")

@@ -96,9 +96,70 @@ def test_several_calls_per_step_are_counted_as_calls(interval):
 
 def test_warmup_calls_are_full_and_only_the_last_is_kept():
     times = grid(10)
-    made = plans(DeepCache(interval=3, warmup=3), times[:-1], times)
+    made = plans(DeepCache(interval=3, warmup=3, forecast_order="0"), times[:-1], times)
     assert made[:2] == [Plan.PLAIN, Plan.PLAIN]
     assert full_at(made) == [0, 1, 2, 5, 8]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_forecast_has_its_anchors_from_the_warmup(order):
+    times = grid(10)
+    made = plans(DeepCache(interval=3, warmup=4, forecast_order=str(order)), times[:-1], times)
+    assert made[:4] == [Plan.PLAIN] * (3 - order) + [Plan.FULL] * (order + 1) and full_at(made) == [0, 1, 2, 3, 6, 9]
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_forecast_is_the_polynomial_through_the_full_calls(order):
+    """In half log-SNR, here -log t; exact on polynomials of its order, and the newest full call at its own time."""
+
+    def feature(t):
+        return torch.tensor([sum(math.log(t) ** k for k in range(order + 1))])
+
+    times = [10.0 * 0.8**i for i in range(13)] + [0.0]
+    session = DeepCache(interval=3, warmup=3, forecast_order=str(order)).start(Run(times))
+    seen = 0
+    for t in times[:-1]:
+        with session.call(t):
+            branches = session.branches(["c"])
+            if session.plan is Plan.PARTIAL:
+                seen += 1
+                made = session.kept(branches)
+                assert made == pytest.approx(feature(t), rel=1e-5)
+                assert order == 0 or made != pytest.approx(last_full, rel=1e-3)
+            elif session.plan is Plan.FULL:
+                session.keep(branches, last_full := feature(t))
+                assert torch.equal(session.kept(branches), last_full)
+    assert seen == 7
+
+
+def test_the_order_of_the_forecast_follows_the_sampler():
+    assert DeepCache().order(Run(grid(9))) == 1 and DeepCache().order(Run(grid(9), stochastic=True)) == 0
+    assert DeepCache(forecast_order="2").order(Run(grid(9), stochastic=True)) == 2
+
+
+@pytest.mark.parametrize("order", ["0", "1", "2"])
+def test_a_branch_that_had_no_part_in_the_last_full_call_is_not_forecast(order):
+    times = grid(12)
+    session = DeepCache(interval=2, warmup=0, forecast_order=order).start(Run(times))
+    had = {12.0: ["a", "b"], 10.0: ["a"], 8.0: ["a"], 6.0: ["a"]}
+    for t in times[:7]:
+        with session.call(t):
+            if session.plan is Plan.FULL:
+                for name in had[t]:
+                    session.keep(session.branches([name]), torch.ones(1))
+            else:
+                assert (session.kept([("b", 0)]) is None) == (t < 10.0)
+                assert session.kept([("a", 0)]) is not None
+    assert session.store.coordinates(("b", 0)) == []  # and it takes no room
+
+
+def test_memory_is_limited():
+    session = DeepCache(interval=4, warmup=0, max_cache_mb=1).start(Run(grid(8)))
+    with session.call(8.0):
+        branches = session.branches(["a"])
+        session.keep(branches, torch.ones(1, 2**20))
+    with session.call(7.0):
+        assert session.kept(branches) is None and session.store.overflowed and session.store.nbytes == 0
 
 
 def test_few_steps_are_safe():
@@ -134,7 +195,7 @@ def test_a_flush_forgets():
 
 
 def test_a_full_call_drops_what_earlier_ones_kept():
-    session = DeepCache(interval=2, warmup=0).start(Run(grid(8)))
+    session = DeepCache(interval=2, warmup=0, forecast_order="0").start(Run(grid(8)))
     with session.call(8.0):
         session.store.put(session.branches(["early"]), torch.ones(1))
     with session.call(7.0), session.call(7.0):
@@ -238,7 +299,8 @@ def test_depth():
         DeepCache(depth=11).branch_depth(12, attentive=True)
 
 
-@pytest.mark.parametrize("wrong", [{"interval": 0}, {"interval": 21}, {"depth": -2}, {"schedule": "x"}, {"power": 0.5}])
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"interval": 21}, {"depth": -2}, {"schedule": "x"}, {"power": 0.5},
+                                   {"forecast_order": "3"}])  # fmt: skip
 def test_values_out_of_bounds_are_refused(wrong):
     with pytest.raises(ValueError, match="DeepCache"):
         DeepCache(**wrong)

@@ -12,14 +12,19 @@ and computes output blocks first ... n - 1: the outer ring, where the fine detai
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from ..method import param
 from .accelerator import Accelerator, Plan, Run, Session
+from .declared import CACHE_DEVICE, CACHE_MB, place, room
+from .forecast import lagrange
+from .store import BranchStore
 from .tracker import Position
 
 
@@ -134,6 +139,15 @@ class DeepCache(Accelerator):
         max=100,
         advanced=True,
     )
+    max_cache_mb: int = CACHE_MB()
+    cache_device: str = CACHE_DEVICE()
+    forecast_order: str = param(
+        "auto",
+        "How the deep part is carried on between full calls: 0 as it was, 1 along the line through the last two, 2 along a "
+        "parabola. auto: 1, and 0 where the sampler adds noise.",
+        options=("auto", "0", "1", "2"),
+        advanced=True,
+    )
 
     @property
     def percents(self) -> tuple[float, float]:
@@ -158,6 +172,12 @@ class DeepCache(Accelerator):
             )
         return self.depth
 
+    def order(self, run: Run) -> int:
+        """The degree of the forecast in this run."""
+        if self.forecast_order == "auto":
+            return 0 if run.stochastic else 1
+        return int(self.forecast_order)
+
     def start(self, run: Run) -> DeepCacheSession:
         return DeepCacheSession(self, run)
 
@@ -173,24 +193,43 @@ class DeepCacheSession(Session):
     def __init__(self, settings: DeepCache, run: Run):
         super().__init__(run)
         self.settings = settings
+        self.order = settings.order(run)
+        self.weights = lagrange(self.order)
+        self.store = BranchStore(self.order + 1, room(settings.max_cache_mb), place(settings.cache_device))
         steps = self.tracker.steps
         self.gaps = [b - a for a, b in pairwise([*settings.full_steps(steps), steps]) for _ in range(b - a)]
+        self.idle = max(self.gaps, default=1) == 1
         self.left = 0
+        self.since = -math.inf
+        """The coordinate of the last full call: what is older belongs to a branch that had no part in it."""
 
     def decide(self, t: float, position: Position) -> Plan:
-        if not self.gaps or not self.active(t):
+        if self.idle or not self.active(t):
             self.flush()
             return Plan.PLAIN
         warming = position.call < self.settings.warmup
         if self.left > 0 and not warming:
             self.left -= 1
             return Plan.PARTIAL
-        self.flush()  # whatever is kept in this call and the partial ones after it belongs together
-        if position.call < self.settings.warmup - 1:
+        self.left = 0
+        if position.call < self.settings.warmup - self.store.anchors:
             return Plan.PLAIN
+        # A value of the full call before is still of use to a forecast, but only if this call has one to add to it.
+        self.store.forget(self.since if self.order else math.inf)
+        self.since = self.run.coordinate(t)
         self.left = self.gaps[position.step] - 1
-        return Plan.FULL if self.left > 0 else Plan.PLAIN
+        return Plan.FULL if self.left > 0 or self.order else Plan.PLAIN
+
+    def keep(self, branches: Sequence[Hashable], h: torch.Tensor) -> None:
+        """Keep ``h_first`` of this call."""
+        self.store.put(branches, h, self.run.coordinate(self.t))
+
+    def kept(self, branches: Sequence[Hashable], device: torch.device | None = None) -> torch.Tensor | None:
+        """``h_first`` as it should be in this call; None unless the last full call, or one since, had every branch."""
+        if any(not at or at[-1] < self.since for at in map(self.store.coordinates, branches)):
+            return None
+        return self.store.forecast(branches, self.run.coordinate(self.t), self.weights, device)
 
     def flush(self) -> None:
-        self.left = 0
+        self.left, self.since = 0, -math.inf
         super().flush()

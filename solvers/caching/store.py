@@ -89,6 +89,11 @@ class BranchStore:
         """The coordinates of the values kept for ``key``, oldest first."""
         return [at for at, _ in self._kept.get(key, ())]
 
+    def forget(self, before: float) -> None:
+        """Drop the branches that have no value with a coordinate of ``before`` or later: they are no longer asked for."""
+        for key in [key for key, anchors in self._kept.items() if anchors[-1][0] < before]:
+            del self._kept[key]
+
     @property
     def nbytes(self) -> int:
         return sum(_size(rows) for anchors in list(self._kept.values()) for _, rows in anchors)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
+
+Share = Callable[..., float]
+"""``(network, shape of its input, tokens of its conditioning) -> share`` of the work of a whole pass."""
 
 
 def block_work(blocks: Iterable[Iterable[nn.Module]], places: float, tokens: int) -> list[float]:
@@ -43,14 +46,23 @@ def _layer_work(name: str, module: nn.Module, places: float, tokens: int) -> flo
     return 0.0
 
 
-def ring_share(network, depth: int, shape: Sequence[int], tokens: int) -> float:
-    """The share of a UNet's work that is left when only the ring of branch ``depth`` is computed.
+def _shares(network, shape: Sequence[int], tokens: int) -> list[float]:
+    """Each block's share of a UNet's work: input blocks, middle block (if any), output blocks, ``out``.
 
-    network: has ``input_blocks``, ``middle_block`` (or None), ``output_blocks`` and ``out``.
-    shape: of its input, ``(batch, channels, height, width)``.
+    shape: of the network's input, ``(batch, channels, height, width)``.
     """
-    inputs, outputs = list(network.input_blocks), list(network.output_blocks)
     middle = [] if network.middle_block is None else [network.middle_block]
-    work = block_work([*inputs, *middle, *outputs, [network.out]], float(math.prod(shape[2:])), tokens)
-    first = len(inputs) + len(middle) + len(outputs) - 1 - depth
-    return (sum(work[: depth + 1]) + sum(work[first:])) / sum(work)
+    blocks = [*network.input_blocks, *middle, *network.output_blocks, [network.out]]
+    work = block_work(blocks, float(math.prod(shape[2:])), tokens)
+    return [each / sum(work) for each in work]
+
+
+def ring_share(depth: int, network, shape: Sequence[int], tokens: int) -> float:
+    """The share of a UNet's work that is left when only the ring of branch ``depth`` is computed."""
+    shares = _shares(network, shape, tokens)
+    return sum(shares[: depth + 1]) + sum(shares[-2 - depth :])
+
+
+def decoder_share(network, shape: Sequence[int], tokens: int) -> float:
+    """The share of a UNet's work that is left when only its output blocks are computed."""
+    return sum(_shares(network, shape, tokens)[-1 - len(network.output_blocks) :])

@@ -19,9 +19,10 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from quickstep_under_test.nodes import accelerators, attach
-from quickstep_under_test.nodes.sites import branches, unet
+from quickstep_under_test.nodes.sites import branches, unet_ring, unet_walk
 from quickstep_under_test.solvers.caching.accelerator import Plan, Run
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
+from quickstep_under_test.solvers.caching.work import ring_share
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -84,7 +85,7 @@ class Bench:
     def __init__(self, model, settings, patches=None):
         self.network = model.model.diffusion_model
         self.session = settings.start(Run([3.0, 2.0, 1.0, 0.0]))
-        self.wrapper = unet.deepcache(model, settings, KEY, attach.FORWARD)[WrappersMP.DIFFUSION_MODEL]
+        self.wrapper = unet_ring.deepcache(model, settings, KEY, attach.FORWARD)[WrappersMP.DIFFUSION_MODEL]
         self.patches = patches or {}
 
     def __call__(self, plan, x, t, context, control=None, uuids=("c", "u"), sides=None, **more):
@@ -163,7 +164,7 @@ def test_partial_equals_full_for_the_same_input(model, depth, controlled, patche
 
 def test_partial_equals_full_with_class_embedding():
     model = M.sdxl()
-    assert unet.unet_of(model, "x") is model.model.diffusion_model
+    assert unet_walk.unet_of(model, "x") is model.model.diffusion_model
     bench = Bench(model, DeepCache())
     x, t, context = inputs()
     y = torch.randn(2, 1280 + 6 * 256)
@@ -199,11 +200,11 @@ def test_what_tells_branches_apart():
 
     def hooked(hooks):
         base, seen = SimpleNamespace(current_patcher=SimpleNamespace(current_hooks=hooks)), []
-        unet._with_hooks(Call(lambda *args: seen.append(args[-1]), base), x, 1.0, transformer_options={})
+        unet_ring.hooked(Call(lambda *args: seen.append(args[-1]), base), x, 1.0, transformer_options={})
         return names(**seen[0])
 
     assert len(set(names())) == 2 and names() == names() == hooked(None)
-    assert branches.branch_names(x, {}) == [] and unet.branch_names(x[:1], {"uuids": ["a", "b"]}) == []
+    assert branches.branch_names(x, {}) == [] and branches.branch_names(x[:1], {"uuids": ["a", "b"]}) == []
     assert len(set(names(uuids=["a", "a"]))) == 2
     others = [names(torch.cat([x, x])), names(x[..., :4]), names(x.double())]
     others += [names(context_window=SimpleNamespace(index_list=frames)) for frames in ([0, 1], [1, 2])]
@@ -553,7 +554,7 @@ def test_the_share_of_work_is_what_torch_counts(model, depth):
         with FlopCounterMode(display=False) as flops:
             bench(plan, x, t, context)
         counted.append(flops.get_total_flops())
-    share = unet.ring_share(bench.network, depth, x.shape, context.shape[1])
+    share = ring_share(depth, bench.network, x.shape, context.shape[1])
     assert share == pytest.approx(counted[1] / counted[0], rel=0.02)
 
 

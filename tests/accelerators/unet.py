@@ -1,4 +1,4 @@
-"""DeepCache."""
+"""What computes a part of a UNet."""
 
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
 
