@@ -126,6 +126,70 @@ def deepcache() -> Graph:
     return g
 
 
+def t_stitch() -> Graph:
+    """The small UNet for the first 40 % of the steps, the large one for the rest."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "unet", "a big purple triangle on a white background", 4)
+    small = g.add("Quickstep_DemoModel", network="unet_small")
+    guiders = {
+        f"guiders.guider{i}": (g.add("CFGGuider", model=(m, 0), **prompts, cfg=3.0), 0)
+        for i, m in enumerate((small, model))
+    }
+    stitch = g.add("Quickstep_TStitch", **guiders)
+    sampled = g.add(
+        "SamplerCustomAdvanced",
+        noise=(g.add("RandomNoise", noise_seed=2), 0),
+        guider=(stitch, 0),
+        sampler=(g.add("Quickstep_DPMSolverPP"), 0),
+        sigmas=(g.add("Quickstep_KarrasSchedule", model=(model, 0), steps=20), 0),
+        latent_image=latent,
+    )
+    report = g.add("Quickstep_Report", latent=(sampled, 0), model=(stitch, 1))
+    g.add("PreviewAny", source=(report, 1))
+    _shown(g, (g.add("VAEDecode", samples=(report, 0), vae=(model, 2)), 0), "quickstep_stitch")
+    return g
+
+
+def accelerators() -> Graph:
+    """What accelerators buy at 25 steps, next to simply taking fewer."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "unet", "a big blue square on a black background", 3)
+    link = (model, 0)
+    sampler = (g.add("Quickstep_DPMSolverPP"), 0)
+    whole, fewer = ((g.add("Quickstep_KarrasSchedule", model=link, steps=n), 0) for n in (25, 12))
+    forecast = (g.add("Quickstep_StepForecast", model=link), 0)
+    deep = (g.add("Quickstep_DeepCache", model=link, interval=2), 0)
+    guidance = (g.add("Quickstep_GuidanceCache", model=link), 0)
+    both = (g.add("Quickstep_GuidanceCache", model=deep), 0)
+    contenders = [
+        dict(label="25 steps", sampler=sampler, sigmas=whole),
+        dict(label="12 steps", sampler=sampler, sigmas=fewer),
+        dict(label="Step forecast", sampler=sampler, sigmas=whole, model=forecast),
+        dict(label="DeepCache", sampler=sampler, sigmas=whole, model=deep),
+        dict(label="Guidance cache", sampler=sampler, sigmas=whole, model=guidance),
+        dict(label="DeepCache + Guidance cache", sampler=sampler, sigmas=whole, model=both),
+    ]
+    shared = dict(model=link, latent=latent, vae=(model, 2), **prompts)
+    graphs.compared(g, contenders, "quickstep_accelerators", **shared, seed=3, cfg=4.0, reference_steps=80)
+    return g
+
+
+def accelerate() -> Graph:
+    """A target instead of knobs, on the flow model."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "dit", "a big orange ring", 4)
+    sampler = (g.add("Quickstep_DPMSolverPP"), 0)
+    sigmas = (g.add("Quickstep_BetaSchedule", model=(model, 0), steps=20), 0)
+    shared = dict(sampler=sampler, sigmas=sigmas, cfg=3.0, **prompts)
+    fast = g.add("Quickstep_Accelerate", model=(model, 0), latent=latent, **shared)
+    sampled = g.add("SamplerCustom", model=(fast, 0), latent_image=latent, noise_seed=5, **shared)
+    report = g.add("Quickstep_Report", latent=(sampled, 0), model=(fast, 0))
+    g.add("PreviewAny", source=(report, 1))
+    g.add("PreviewAny", source=(fast, 1))
+    _shown(g, (g.add("VAEDecode", samples=(report, 0), vae=(model, 2)), 0), "quickstep_accelerate")
+    return g
+
+
 def schedules() -> Graph:
     """Three schedules in one drawing."""
     g = Graph()
@@ -172,6 +236,21 @@ WORKFLOWS: dict[str, tuple[Callable[[], Graph], str]] = {
         deepcache,
         "# DeepCache with the plain KSampler\nOne call in two reuses the deep part of the UNet. *Report* says what was skipped; "
         "bypass the DeepCache node to see the difference.",
+    ),
+    "accelerators": (
+        accelerators,
+        "# What do accelerators buy?\nThe same noise at 25 steps with each of them, and with 12 plain steps: an accelerator is "
+        "worth its knobs only where it beats simply taking fewer steps at the same work.",
+    ),
+    "accelerate": (
+        accelerate,
+        "# A target instead of knobs\n*Accelerate* tries what fits the model once, keeps what it measured in models/quickstep, and "
+        "takes the best for your target. Its report shows all of it, fewer plain steps included.",
+    ),
+    "t_stitch": (
+        t_stitch,
+        "# T-Stitch\nThe first 40 % of the steps by a small model, the rest by the large one. The guiders are in the order of use; "
+        "each has its model, prompts and scale.",
     ),
     "schedules": (schedules, "# Schedules, drawn\nWhere each schedule puts its network calls."),
     "compare": (
