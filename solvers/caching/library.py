@@ -6,8 +6,11 @@ from typing import Any
 
 from .accelerator import Accelerator
 from .deepcache import DeepCache
+from .fora import FORA
+from .pab import PAB
+from .token_cache import TokenCache
 
-ACCELERATORS: tuple[type[Accelerator], ...] = (DeepCache,)
+ACCELERATORS: tuple[type[Accelerator], ...] = (DeepCache, FORA, PAB, TokenCache,)
 
 RECIPES: tuple[tuple[float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     (0.55, (("DeepCache", {"interval": 2}),)),
