@@ -1,0 +1,107 @@
+"""MagCache: skip by how fast the size of what the blocks add changes, known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from ..artifact import Artifact
+from ..method import param, part
+from .accelerator import Plan, Run
+from .block_cache import BlockCache, BlockSession
+from .declared import CACHE_DEVICE, CACHE_MB, END, START, TAIL, WARMUP
+from .profile import KIND, BlockProfile
+from .tracker import Position
+
+
+@dataclass(frozen=True)
+class MagCache(BlockCache):
+    """Skips all transformer blocks where a calibration says that they change little.
+
+    For DiTs, with a file of Calibrate Block Caches for this model. Decides before the network is called and never looks at it.
+
+    The size of the residual R = h_n - h_0 shrinks along sampling, much the same for every prompt. Calibration keeps
+    G(lambda), the logarithm of that size in half log-SNR, so that steps, schedule and sampler may be others than in the
+    calibration. With lambda* of the last full call, a call at lambda would use R with
+
+        g = exp(G(lambda) - G(lambda*)),    E <- E + |1 - g|;
+
+    it hits while E < threshold and no more than ``K`` calls in a row did, with h_n = h_0 + g R (the paper has g = 1 here);
+    else everything is computed and E = 0.
+    """
+
+    id: ClassVar[str] = "MagCache"
+    title: ClassVar[str] = "MagCache"
+    paper: ClassVar[str] = "Ma et al. (2025), arXiv:2506.09045"
+
+    calibration: Artifact | None = part(  # noqa: RUF009
+        KIND,
+        "A file of Calibrate Block Caches for this model, in models/quickstep; without one nothing is skipped.",
+        None,
+    )
+    threshold: float = param(
+        0.06, "How much change of size may add up before the blocks are computed again: more is faster. 0 switches it off.",
+        min=0.0, max=5.0, step=0.01,
+    )  # fmt: skip
+    K: int = param(2, "The most calls in a row that may be skipped.", min=1, max=100)
+    start_percent: float = START(0.2)
+    end_percent: float = END()
+    warmup: int = WARMUP(1)
+    tail: int = TAIL()
+    max_cache_mb: int = CACHE_MB()
+    cache_device: str = CACHE_DEVICE()
+
+    def __post_init__(self):
+        super().__post_init__()
+        _ = self.profile  # refuses a damaged file now
+
+    @cached_property
+    def profile(self) -> BlockProfile | None:
+        return None if self.calibration is None else BlockProfile.of(self.calibration)
+
+    @property
+    def degree(self) -> int:
+        return 0
+
+    def off(self, run: Run) -> str | None:
+        return super().off(run) or ("it has no calibration" if self.profile is None else None)
+
+    def start(self, run: Run) -> MagCacheSession:
+        return MagCacheSession(self, run)
+
+
+class MagCacheSession(BlockSession):
+    """Knows all that it needs before the call. No device sync."""
+
+    def __init__(self, settings: MagCache, run: Run):
+        super().__init__(settings, run)
+        self.weights = self.scaled
+        self.error = 0.0
+        self.full: float | None = None
+        """Half log-SNR of the last full call."""
+
+    @property
+    def most(self) -> int:
+        return self.settings.K if self.settings.threshold > 0 else 0
+
+    def decide(self, t: float, position: Position) -> Plan:
+        plan = super().decide(t, position)
+        if plan is not Plan.PARTIAL:
+            self.error = 0.0
+            self.full = self.run.coordinate(t) if plan is Plan.FULL else None
+        return plan
+
+    def wanted(self, t: float) -> bool:
+        if self.full is None:
+            return False
+        self.error += abs(1.0 - self.settings.profile.growth(self.full, self.run.coordinate(t)))
+        return self.error < self.settings.threshold
+
+    def scaled(self, at: float, nodes: Sequence[float]) -> list[float]:
+        return [0.0] * (len(nodes) - 1) + [self.settings.profile.growth(nodes[-1], at)]
+
+    def flush(self) -> None:
+        self.full = None
+        super().flush()
