@@ -20,9 +20,11 @@ from ..solvers.caching.accelerator import Accelerator, Run, Session
 from ..solvers.caching.composition import check, rank
 from ..solvers.report import Ledger, Meter
 from .bridge import Sampler, process_from
+from .sites.blocks import blocks
 from .sites.evaluation import evaluation
 from .sites.guidance import guidance
 from .sites.modules import modules
+from .sites.tokens import tokens
 from .sites.unet import unet
 
 MEASURE = "quickstep.measure"
@@ -48,7 +50,9 @@ SITES: dict[str, Site] = {
     "evaluation": Site(evaluation, compiles=True),
     "guidance": Site(guidance, compiles=True),
     "unet": Site(unet),
+    "blocks": Site(blocks),
     "modules": Site(modules),
+    "tokens": Site(tokens),
 }
 
 log = logging.getLogger("quickstep")

@@ -5,12 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from .accelerator import Accelerator
+from .at_edm import ATEDM
 from .deepcache import DeepCache
+from .delta_dit import DeltaDiT
+from .first_block import DBCache, FirstBlockCache
 from .fora import FORA
+from .magcache import MagCache
 from .pab import PAB
+from .taylorseer import TaylorSeer
+from .teacache import TeaCache
 from .token_cache import TokenCache
+from .token_merge import ToDo
 
-ACCELERATORS: tuple[type[Accelerator], ...] = (DeepCache, FORA, PAB, TokenCache,)
+ACCELERATORS: tuple[type[Accelerator], ...] = (
+    DeepCache,
+    FirstBlockCache,
+    DBCache,
+    TeaCache,
+    MagCache,
+    TaylorSeer,
+    DeltaDiT,
+    FORA,
+    PAB,
+    TokenCache,
+    ToDo,
+    ATEDM,
+)
 
 RECIPES: tuple[tuple[float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
     (0.55, (("DeepCache", {"interval": 2}),)),

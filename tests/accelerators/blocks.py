@@ -1,0 +1,23 @@
+"""Caches of transformer blocks."""
+
+from quickstep_under_test.solvers.artifact import Artifact
+from quickstep_under_test.solvers.caching.delta_dit import DeltaDiT
+from quickstep_under_test.solvers.caching.first_block import DBCache, FirstBlockCache
+from quickstep_under_test.solvers.caching.magcache import MagCache
+from quickstep_under_test.solvers.caching.taylorseer import TaylorSeer
+from quickstep_under_test.solvers.caching.teacache import TeaCache
+
+from . import Variant
+
+DITS = ("sd3", "flux")
+ALWAYS = {"threshold": 2.0, "warmup": 1, "max_consecutive": 2}
+"""So much may change that a network with random weights never passes it."""
+
+VARIANTS = [
+    Variant(FirstBlockCache(**ALWAYS), FirstBlockCache(threshold=0.0), models=DITS),
+    Variant(DBCache(Fn=1, Bn=0, forecast_order=0, **ALWAYS), DBCache(Fn=1, threshold=0.0), models=DITS),
+    Variant(DBCache(Fn=2, Bn=2, **ALWAYS), DBCache(Fn=1, threshold=0.0), models=("flux",), name="both ends"),
+    Variant(TeaCache(**{**ALWAYS, "threshold": 5.0}), TeaCache(threshold=0.0), models=DITS),
+    Variant(TaylorSeer(warmup=1, order=2), TaylorSeer(interval=1), models=DITS),
+    Variant(DeltaDiT(warmup=1), DeltaDiT(interval=1), models=DITS),
+]
