@@ -33,7 +33,9 @@ class FasterCFG(Accelerator):
     paper: ClassVar[str] = "Lv et al. (2024), arXiv:2410.19355"
     site: ClassVar[str] = "guidance"
 
-    interval: int = param(5, "Both sides are computed in one call of this many; 1 switches the cache off.", min=1, max=20)
+    interval: int = param(
+        5, "Both sides are computed in one call of this many; 1 switches the cache off.", min=1, max=20
+    )
     low: float = param(
         0.1, "How much the low frequencies of guidance are strengthened while the noise is high.", min=-1.0, max=1.0,
         step=0.01,

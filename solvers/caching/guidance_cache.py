@@ -24,7 +24,9 @@ class GuidanceCache(Accelerator):
     paper: ClassVar[str] = "This pack; after Castillo et al. (2023), arXiv:2312.12487"
     site: ClassVar[str] = "guidance"
 
-    interval: int = param(3, "Both sides are computed in one call of this many; 1 switches the cache off.", min=1, max=20)
+    interval: int = param(
+        3, "Both sides are computed in one call of this many; 1 switches the cache off.", min=1, max=20
+    )
     policy: str = param(
         AUTO,
         "What stands in for the difference of the two sides: linear extrapolates it, reuse keeps the last one, drop "

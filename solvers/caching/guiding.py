@@ -59,7 +59,7 @@ class Guiding(Session):
     def met(self, pair: bool) -> None:
         """Says after the run, once, if none of its calls was a pair."""
         self._paired = self._paired or pair
-        self.notes[:] = [] if self._paired else [ALONE.format(self._title)]
+        self.notes = [] if self._paired else [ALONE.format(self._title)]
 
 
 class Difference:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from .accelerator import Accelerator
+from .adaptive_guidance import AdaptiveGuidance
 from .at_edm import ATEDM
 from .deepcache import DeepCache
 from .delta_dit import DeltaDiT
+from .faster_cfg import FasterCFG
 from .first_block import DBCache, FirstBlockCache
 from .fora import FORA
+from .guidance_cache import GuidanceCache
+from .guidance_window import GuidanceWindow
+from .linear_ag import LinearAG
 from .magcache import MagCache
 from .pab import PAB
 from .taylorseer import TaylorSeer
@@ -30,6 +35,11 @@ ACCELERATORS: tuple[type[Accelerator], ...] = (
     TokenCache,
     ToDo,
     ATEDM,
+    GuidanceCache,
+    AdaptiveGuidance,
+    LinearAG,
+    GuidanceWindow,
+    FasterCFG,
 )
 
 RECIPES: tuple[tuple[float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
