@@ -86,7 +86,10 @@ class Run:
             def enter():
                 if not waiting:
                     self.prepare()
-                    made.append(sampler.sample(Seen(guider, self.call), sigmas, extra_args, *args, **kwargs))
+                    try:
+                        made.append(sampler.sample(Seen(guider, self.call), sigmas, extra_args, *args, **kwargs))
+                    finally:
+                        self.report()  # here all meters still run
                     return
                 k = waiting.pop()
 
@@ -105,7 +108,6 @@ class Run:
                 enter()
                 return made[0]
             finally:
-                self.report()
                 self.live.clear()
 
         return sample

@@ -134,7 +134,7 @@ class Passage:
         moved = x * _rows(gains, x)
         if self.shift is not None:
             moved = moved + _rows([self.b.alpha(s) for s in ours], x) * self.shift.to(x)
-        return moved, sigma.new_tensor(ours)
+        return moved, sigma.new_tensor(ours).view(sigma.shape)
 
     def bring(self, x0: torch.Tensor) -> torch.Tensor:
         """A picture of a's latents as one of b's."""
