@@ -26,7 +26,7 @@ without, so a zero in its place leaves the block's input as it is."""
 
 @dataclass(frozen=True)
 class Joint:
-    """The joint attentions of a block, which are no modules: for each, in order, the layers that only feed it and those behind it."""
+    """The joint attentions of a block, which are no modules; for each, in order, the layers that only feed it, and those behind."""
 
     feeding: tuple[tuple[str, ...], ...]
     behind: tuple[tuple[str, ...], ...]

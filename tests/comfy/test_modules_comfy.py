@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import comfy.supported_models as families
@@ -53,7 +53,7 @@ MADE = {"unet": M.unet, "sdxl": M.sdxl, "sd3": M.sd3, "flux": M.flux}
 NAMES = (*MADE, *SMALL)
 
 
-@lru_cache(maxsize=None)
+@cache
 def model_of(name):
     return MADE[name]() if name in MADE else M.build(*SMALL[name])
 
