@@ -24,6 +24,7 @@ from .sites.blocks import blocks
 from .sites.evaluation import evaluation
 from .sites.guidance import guidance
 from .sites.modules import modules
+from .sites.tiles import tiles
 from .sites.tokens import tokens
 from .sites.unet import unet
 
@@ -49,6 +50,7 @@ class Site:
 SITES: dict[str, Site] = {
     "evaluation": Site(evaluation, compiles=True),
     "guidance": Site(guidance, compiles=True),
+    "tiles": Site(tiles, compiles=True),
     "unet": Site(unet),
     "blocks": Site(blocks),
     "modules": Site(modules),

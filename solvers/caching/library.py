@@ -17,6 +17,7 @@ from .guidance_window import GuidanceWindow
 from .linear_ag import LinearAG
 from .magcache import MagCache
 from .pab import PAB
+from .seamless_tiles import SeamlessTiles
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .token_cache import TokenCache
@@ -40,6 +41,7 @@ ACCELERATORS: tuple[type[Accelerator], ...] = (
     LinearAG,
     GuidanceWindow,
     FasterCFG,
+    SeamlessTiles,
 )
 
 RECIPES: tuple[tuple[float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
