@@ -56,13 +56,64 @@ def together(*rows: list[Candidate]) -> list[Candidate]:
 
 
 QUALITY = [
-    *sweep("DeepCache"),
-    *sweep("DeepCache", interval=[2, 3, 5], depth=[0, 1, 2]),
+    # whole calls
+    *sweep("StepForecast"),
+    *sweep("StepForecast", tol=[0.02, 0.1, 0.2]),
+    *sweep("StepForecast", mode="interval", interval=[2, 3]),
+    *sweep("SADA"),
+    # UNets
+    *sweep("DeepCache", interval=[2, 3, 5]),
+    *sweep("DeepCache", interval=[2, 3, 5], depth=0),
+    *sweep("DeepCache", interval=3, forecast_order="0"),
+    *sweep("FasterDiffusion"),
+    *sweep("FasterDiffusion", key_steps="uniform", interval=[2, 3]),
+    # blocks of transformers
+    *sweep("FirstBlockCache", threshold=[0.05, 0.1, 0.2, 0.4]),
+    *sweep("FirstBlockCache", threshold=0.1, forecast_order=0),
+    *sweep("DBCache", threshold=[0.08, 0.2], Fn=[1, 2]),
+    *sweep("TeaCache", threshold=[0.1, 0.2, 0.4]),
+    *sweep("MagCache"),
+    *sweep("MagCache", threshold=0.12, K=4),
+    *sweep("TaylorSeer", interval=[2, 3, 5]),
+    *sweep("TaylorSeer", interval=3, order=2),
+    *sweep("DeltaDiT", interval=[2, 3]),
+    # layers and tokens
+    *sweep("FORA", interval=[2, 3], order=[0, 1]),
+    *sweep("PAB"),
+    *sweep("TokenCache"),
+    *sweep("ToDo"),
+    *sweep("ATEDM"),
+    # guidance
+    *sweep("GuidanceCache", interval=[2, 3, 5]),
+    *sweep("GuidanceCache", interval=3, policy="reuse"),
+    *sweep("AdaptiveGuidance"),
+    *sweep("AdaptiveGuidance", policy="reuse"),
+    *sweep("FasterCFG"),
+    *sweep("GuidanceWindow"),
+    # several
+    *together(sweep("DeepCache", interval=2), sweep("GuidanceCache", interval=3)),
+    *together(sweep("TaylorSeer", interval=2), sweep("GuidanceCache", interval=3)),
+    *together(sweep("StepForecast"), sweep("GuidanceCache", interval=3)),
 ]
 
 COST = [
     *sweep("DeepCache", interval=[2, 3, 5], warmup=1),
     *sweep("DeepCache", interval=3, depth=0, warmup=1),
+    *sweep("FasterDiffusion", key_steps="uniform", interval=2),
+    *sweep("FasterDiffusion"),
+    *sweep("FasterDiffusion", parallel_batch=8),
+    *sweep("StepForecast", mode="interval", interval=2),
+    *sweep("FirstBlockCache", threshold=0.4),
+    *sweep("DBCache", threshold=0.4),
+    *sweep("TeaCache", threshold=0.4),
+    *sweep("TaylorSeer", interval=3),
+    *sweep("DeltaDiT", interval=3),
+    *sweep("FORA", interval=3),
+    *sweep("PAB"),
+    *sweep("TokenCache"),
+    *sweep("ToDo"),
+    *sweep("ATEDM"),
+    *sweep("GuidanceCache", interval=3),
 ]
 
 

@@ -38,6 +38,7 @@ class Bed:
         channels = self.model.model.latent_format.latent_channels
         self.latent = torch.zeros(1, channels, size, size)
         self.noise = torch.randn(self.latent.shape)
+        self._latest = None
 
     def run(self, model):
         """The report, and seconds with computed share of every pass."""
@@ -47,6 +48,12 @@ class Bed:
             ks = comfy.samplers.KSampler(model, self.steps, device, "euler", "normal", None, model.model_options)
             ks.sample(self.noise, *self.prompts, self.cfg, latent_image=self.latent, disable_pbar=True, seed=0)
         return ledger_of(model).runs[-1], self.clock.read()
+
+    def latest(self, again: bool = False):
+        """``run`` of the plain model: the newest one, or a new one."""
+        if again or self._latest is None:
+            self._latest = self.run(self.plain)
+        return self._latest
 
     def flops(self, model) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -89,27 +96,30 @@ def contest(here: Bed, candidate: Candidate, repeats: int) -> dict:
     record = {"label": candidate.label, "method": candidate.method}
     if not candidate.parts:
         return {**record, "network": models.describe(here.model), "flops": whole(here), "calls": here.steps}
+    wall, network, shares = [], [], defaultdict(list)
     try:
         model = here.model
         for accelerator in candidate.make(CLASSES):
             model = attach(model, accelerator)
+        for _ in range(repeats):
+            before, (report, own), after = here.latest(), here.run(model), here.latest(again=True)
+            plain = [sum(seconds for seconds, _ in passes) for _, passes in (before, after)]
+            wall.append(2 * report.seconds / (before[0].seconds + after[0].seconds))
+            network.append(2 * sum(seconds for seconds, _ in own) / sum(plain))
+            for seconds, share in [*own, *after[1]]:
+                shares[share].append(seconds)
         record["counted"] = here.flops(model) / whole(here)
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         return record | {"failed": f"{type(error).__name__}: {error}"[:300]}
-    ratios, shares = [], defaultdict(list)
-    before, passes = here.run(here.plain)
-    for _ in range(repeats):
-        for seconds, share in passes:
-            shares[share].append(seconds)
-        report, own = here.run(model)
-        after, passes = here.run(here.plain)
-        ratios.append(report.seconds / ((before.seconds + after.seconds) / 2))
-        before = after
-        for seconds, share in own:
-            shares[share].append(seconds)
     record |= {"calls": report.calls, "full": report.full, "partial": report.partial, "skipped": report.skipped}
-    record |= {"work": report.work, "cache": report.cache_bytes, "notes": report.notes, "wall": ratios}
-    record["plain"] = before.seconds
+    record |= {
+        "work": report.work,
+        "cache": report.cache_bytes,
+        "notes": report.notes,
+        "wall": wall,
+        "network": network,
+    }
+    record["plain"] = after[0].seconds
     record["pass"] = [[share, round(statistics.median(s), 5), len(s)] for share, s in shares.items()]
     return record
 

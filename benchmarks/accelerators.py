@@ -81,6 +81,8 @@ def quality(options) -> list[Todo]:
     for cell in part.cells(options):
         todo.append((f"{cell.name}|plain", lambda cell=cell: part.curve(cell)))
         for label, what in candidates:
+            if not part.applies(cell, label):
+                continue
             make = lambda cell=cell, label=label, what=what: [part.contest(cell, label, what, options.repeats)]  # noqa: E731
             todo.append((f"{cell.name}|{label}", make))
     return todo
