@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 from ..artifact import Artifact
@@ -57,7 +56,7 @@ class MagCache(BlockCache):
         super().__post_init__()
         _ = self.profile  # refuses a damaged file now
 
-    @cached_property
+    @property
     def profile(self) -> BlockProfile | None:
         return None if self.calibration is None else BlockProfile.of(self.calibration)
 
@@ -77,7 +76,7 @@ class MagCacheSession(BlockSession):
 
     def __init__(self, settings: MagCache, run: Run):
         super().__init__(settings, run)
-        self.weights = self.scaled
+        self.weights, self.profile = self.scaled, settings.profile
         self.error = 0.0
         self.full: float | None = None
         """Half log-SNR of the last full call."""
@@ -96,11 +95,11 @@ class MagCacheSession(BlockSession):
     def wanted(self, t: float) -> bool:
         if self.full is None:
             return False
-        self.error += abs(1.0 - self.settings.profile.growth(self.full, self.run.coordinate(t)))
+        self.error += abs(1.0 - self.profile.growth(self.full, self.run.coordinate(t)))
         return self.error < self.settings.threshold
 
     def scaled(self, at: float, nodes: Sequence[float]) -> list[float]:
-        return [0.0] * (len(nodes) - 1) + [self.settings.profile.growth(nodes[-1], at)]
+        return [0.0] * (len(nodes) - 1) + [self.profile.growth(nodes[-1], at)]
 
     def flush(self) -> None:
         self.full = None

@@ -69,7 +69,8 @@ def expected(polynomial: Sequence[float], watched: float) -> float:
 def fitted(
     network: str, blocks: int, changes: Sequence[tuple[float, float]], sizes: Sequence[tuple[float, float]]
 ) -> BlockProfile:
-    """changes: pairs (of the modulated input, of R). sizes: pairs (half log-SNR, log of the ratio to the call before).
+    """changes: pairs (of the modulated input, of R). sizes: pairs (half log-SNR, log of the ratio to the call before, 0 for the
+        first call).
 
     Least squares, of lower degree where there are few pairs. Calls at the same half log-SNR count once, by their mean.
 

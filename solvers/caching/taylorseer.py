@@ -27,7 +27,7 @@ class TaylorSeer(BlockCache):
     """
 
     id: ClassVar[str] = "TaylorSeer"
-    title: ClassVar[str] = "TaylorSeer (lite)"
+    title: ClassVar[str] = "TaylorSeer"
     paper: ClassVar[str] = "Liu et al. (2025), arXiv:2503.06923"
 
     interval: int = param(3, "One call of the network in this many is full; 1 switches the cache off.", min=1, max=20)

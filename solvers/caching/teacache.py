@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -84,7 +84,7 @@ class TeaCache(BlockCache):
         if self.profile is not None and self.polynomial != IDENTITY:
             raise ValueError("TeaCache: give a polynomial or a calibration file, not both.")
 
-    @cached_property
+    @property
     def profile(self) -> BlockProfile | None:
         return None if self.calibration is None else BlockProfile.of(self.calibration)
 
@@ -96,11 +96,11 @@ class TeaCache(BlockCache):
     def made_for(self) -> str | None:
         return None if self.polynomial == IDENTITY else PUBLISHED[self.polynomial][0]
 
-    def expected(self, watched: float) -> float:
-        """The change to expect of a change of the modulated input."""
+    def estimate(self) -> Callable[[float], float]:
+        """From the change of the modulated input to the change to expect of it."""
         if self.profile is not None:
-            return self.profile.change(watched)
-        return watched if self.polynomial == IDENTITY else expected(PUBLISHED[self.polynomial][1], watched)
+            return self.profile.change
+        return partial(expected, (1.0, 0.0) if self.polynomial == IDENTITY else PUBLISHED[self.polynomial][1])
 
     def start(self, run: Run) -> TeaCacheSession:
         return TeaCacheSession(self, run)
@@ -113,6 +113,7 @@ class TeaCacheSession(BlockSession):
 
     def __init__(self, settings: TeaCache, run: Run):
         super().__init__(settings, run)
+        self.expected = settings.estimate()
         self.sum = 0.0
 
     @property
@@ -129,7 +130,7 @@ class TeaCacheSession(BlockSession):
         last = self.store.get(_before(keys), watched.device)
         if last is None:
             return False
-        self.sum += self.settings.expected(float(change(watched, last)))
+        self.sum += self.expected(float(change(watched, last)))
         if self.sum < self.settings.threshold:
             return True
         self.sum = 0.0
