@@ -117,7 +117,7 @@ def test_the_forecast_is_the_polynomial_through_the_full_calls(order):
 
     times = [10.0 * 0.8**i for i in range(13)] + [0.0]
     session = DeepCache(interval=3, warmup=3, forecast_order=str(order)).start(Run(times))
-    seen = 0
+    seen, last_full = 0, None
     for t in times[:-1]:
         with session.call(t):
             branches = session.branches(["c"])

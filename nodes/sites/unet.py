@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...solvers.caching.deepcache import DeepCache
+from ...solvers.caching.faster_diffusion import FasterDiffusion
+from .unet_decoder import faster_diffusion
 from .unet_ring import deepcache
 
-MOUNTS = {DeepCache: deepcache}
+MOUNTS = {DeepCache: deepcache, FasterDiffusion: faster_diffusion}
 
 
 def unet(model, settings, key: str, forward_key: str) -> dict[str, Callable]:

@@ -11,6 +11,7 @@ from .deepcache import DeepCache
 from .delta_dit import DeltaDiT
 from .faster_cfg import FasterCFG
 from .first_block import DBCache, FirstBlockCache
+from .faster_diffusion import FasterDiffusion
 from .fora import FORA
 from .guidance_cache import GuidanceCache
 from .guidance_window import GuidanceWindow
@@ -25,6 +26,7 @@ from .token_merge import ToDo
 
 ACCELERATORS: tuple[type[Accelerator], ...] = (
     DeepCache,
+    FasterDiffusion,
     FirstBlockCache,
     DBCache,
     TeaCache,
