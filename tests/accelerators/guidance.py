@@ -12,7 +12,7 @@ from . import Variant
 
 # Of reuse, for any schedule of eight steps: the laws about runs of other lengths find it off.
 FITTED = Artifact(KIND, {"times": [], "steps": fit([], 8, interval=3, warmup=1, history=2)})
-MODELS = ("unet", "sdxl", "sd3", "flux", "flow", "eps")
+MODELS = ("unet", "sdxl", "sd3", "flux")
 
 VARIANTS = [
     Variant(GuidanceCache(interval=3, warmup=2, tail=0), GuidanceCache(interval=1), MODELS),
