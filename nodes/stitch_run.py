@@ -78,39 +78,47 @@ class Run:
         """What the last guider does instead of ``sampler.sample``: enter the others, then sample with all of them."""
 
         def sample(guider, sigmas, extra_args, *args, **kwargs):
-            self.live[self.last] = guider, extra_args["model_options"]
-            # The first to compute is entered last: with little memory, that is the model left on the device.
-            waiting = [k for k in range(self.last) if k in self.stages.models]
             made = []
 
-            def enter():
-                if not waiting:
-                    self.prepare()
-                    try:
-                        made.append(sampler.sample(Seen(guider, self.call), sigmas, extra_args, *args, **kwargs))
-                    finally:
-                        self.report()  # here all meters still run
-                    return
-                k = waiting.pop()
+            def run() -> None:
+                self.prepare()
+                try:
+                    made.append(sampler.sample(Seen(guider, self.call), sigmas, extra_args, *args, **kwargs))
+                finally:
+                    self.report()  # here all meters still run
 
-                def note(other, sigmas, extra_args, callback, noise, *unused, **unused_too):
-                    self.live[k] = other, extra_args["model_options"]
-                    enter()
-                    return noise  # some latent; what this guider makes of it nobody sees
-
-                noise, latent, mask = self.given
-                self.others[k].sample(
-                    noise, latent, standing_in(sampler, note), self.theirs(k), denoise_mask=mask, disable_pbar=True,
-                    seed=self.seed,
-                )  # fmt: skip
-
+            self.live[self.last] = guider, extra_args["model_options"]
             try:
-                enter()
+                # The first to compute is entered last: with little memory, that is the model left on the device.
+                self.enter([k for k in range(self.last) if k in self.stages.models], sampler, run)
                 return made[0]
             finally:
                 self.live.clear()
 
         return sample
+
+    def enter(self, waiting: list[int], sampler, run: Callable[[], None]) -> None:
+        """Run inside of the guiders that wait, the last of them outermost."""
+        if not waiting:
+            run()
+            return
+        *waiting, k = waiting
+
+        def note(guider, sigmas, extra_args, callback, noise, *unused, **unused_too):
+            self.live[k] = guider, extra_args["model_options"]
+            self.enter(waiting, sampler, run)
+            return noise  # some latent; what this guider makes of it nobody sees
+
+        noise, latent, mask = self.given
+        self.others[k].sample(
+            noise,
+            latent,
+            standing_in(sampler, note),
+            self.theirs(k),
+            denoise_mask=mask,
+            disable_pbar=True,
+            seed=self.seed,
+        )
 
     def theirs(self, k: int) -> torch.Tensor:
         """The schedule in model k's own sigmas."""
