@@ -167,8 +167,8 @@ class Answering(Session):
     """Abstract: a session that can answer a whole call of the denoiser by itself (``Plan.SKIP``)."""
 
     @abstractmethod
-    def answer(self, x: torch.Tensor, t: float) -> torch.Tensor:
-        """The denoised prediction at ``x``, without the network."""
+    def answer(self, x: torch.Tensor, t: float) -> torch.Tensor | None:
+        """The denoised prediction at ``x``, without the network; None where ``x`` shows that it must be computed."""
 
     @abstractmethod
     def learn(self, x: torch.Tensor, t: float, x0: torch.Tensor) -> None:

@@ -2,12 +2,15 @@
 
 Every forecast is a linear combination f = sum_a w_a F_a of the anchors F_a kept at coordinates c_a; the weights are Python floats.
 ``weights(at, nodes) -> one weight per node`` with ``nodes`` oldest first; all of them sum to 1, so a constant stays what it is.
+
+Where two nodes coincide (a corrector's call at the time of the next predictor's), the newer one counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from ..weights import lagrange as polynomial
@@ -23,6 +26,15 @@ def reuse(at: float, nodes: Sequence[float]) -> list[float]:
     return [0.0] * (len(nodes) - 1) + [1.0]
 
 
+def distinct(nodes: Sequence[float]) -> list[int]:
+    """Places of the nodes that differ from every newer one, oldest first."""
+    kept: list[int] = []
+    for i in reversed(range(len(nodes))):
+        if all(abs(nodes[i] - nodes[j]) > 1e-6 * max(1.0, abs(nodes[j])) for j in kept):
+            kept.append(i)
+    return kept[::-1]
+
+
 def lagrange(order: int) -> Weights:
     """The polynomial of degree ``order`` through the newest ``order + 1`` anchors, exact on polynomials at any spacing.
 
@@ -30,29 +42,89 @@ def lagrange(order: int) -> Weights:
     """
 
     def weights(at: float, nodes: Sequence[float]) -> list[float]:
-        m = min(order, len(nodes) - 1)
-        while m > 0 and abs(at - nodes[-1]) > REACH * abs(nodes[-1] - nodes[-1 - m]):
-            m -= 1
-        if m <= 0:
+        places = distinct(nodes)[-1 - order :]
+        while len(places) > 1 and abs(at - nodes[-1]) > REACH * abs(nodes[-1] - nodes[places[0]]):
+            places = places[1:]
+        if len(places) < 2:
             return reuse(at, nodes)
-        used = list(nodes[-1 - m :])
-        scale = abs(used[-1] - used[0])
-        u = [(c - used[-1]) / scale for c in used]
-        z = (at - used[-1]) / scale
-        found = [sum(c * z**k for k, c in enumerate(polynomial(u, j, range(m + 1)))) for j in range(m + 1)]
-        return [0.0] * (len(nodes) - 1 - m) + found
+        scale = abs(nodes[-1] - nodes[places[0]])
+        u = [(nodes[i] - nodes[-1]) / scale for i in places]
+        z = (at - nodes[-1]) / scale
+        found = [0.0] * len(nodes)
+        for j, i in enumerate(places):
+            found[i] = sum(c * z**k for k, c in enumerate(polynomial(u, j, range(len(u)))))
+        return found
 
     return weights
 
 
-def damped(order: int, gain: float) -> Weights:
-    """Between reuse (gain 0) and ``lagrange`` (gain 1)."""
-    whole = lagrange(order)
+def damped(whole: Weights, gain: float) -> Weights:
+    """Between reuse (gain 0) and ``whole`` (gain 1).
+
+    Networks are rougher than their ODE: the difference of two anchors contains noise, which a full extrapolation
+    multiplies. HiCache's Hermite polynomials do this too: its first-order term is the line with gain 0.5.
+    """
 
     def weights(at: float, nodes: Sequence[float]) -> list[float]:
         return [gain * w + (1 - gain) * r for w, r in zip(whole(at, nodes), reuse(at, nodes), strict=True)]
 
     return weights
+
+
+def taylor(order: int) -> Weights:
+    """TaylorSeer's: f = sum_i D_i k^i / i!, k the distance from the newest anchor, D_i = (D_{i-1} - older D_{i-1}) / gap.
+
+    A difference over a gap is not the derivative at its newer end, so from order 2 on this misses even a parabola. It is here to
+    reproduce published numbers; ``lagrange`` is exact. Liu et al. (2025), arXiv:2503.06923, eq. 2.
+    """
+
+    def weights(at: float, nodes: Sequence[float]) -> list[float]:
+        places = distinct(nodes)[-1 - order :]
+        k, term, total = at - nodes[-1], 1.0, np.zeros(len(nodes))
+        differences = np.eye(len(nodes))[places]
+        c = np.array([nodes[i] for i in places])
+        for i in range(len(places)):
+            total += term * differences[-1]
+            differences = np.diff(differences, axis=0) / np.diff(c)[i:, None]
+            term *= k / (i + 1)
+        return total.tolist()
+
+    return weights
+
+
+def chebyshev(degree: int, ends: tuple[float, float], ridge: float = 0.1, blend: float = 0.5) -> Weights:
+    """Spectrum's: ``blend`` of a ridge fit in Chebyshev polynomials, the rest linear.
+
+    With T the Chebyshev polynomials up to ``degree`` at the anchors, which are mapped to [-1, 1] from ``ends``, the
+    coordinates between which the run goes, w = t(at) (T^T T + ridge I)^{-1} T^T. The authors map from 50 steps whatever the
+    run is, and let the ridge pull towards zero; here it pulls towards the newest value. Linear alone below 4 anchors.
+    Han et al. (2026), arXiv:2603.01623.
+    """
+    first, last = ends
+    line = lagrange(1)
+
+    def basis(c):
+        u = np.clip(2.0 * (np.asarray(c, dtype=np.float64) - first) / (last - first) - 1.0, -1.0, 1.0)
+        return np.polynomial.chebyshev.chebvander(u, degree)
+
+    def weights(at: float, nodes: Sequence[float]) -> list[float]:
+        linear = np.array(line(at, nodes))
+        places = distinct(nodes)
+        if len(places) < 4:
+            return linear.tolist()
+        T = basis([nodes[i] for i in places])
+        fit = np.zeros(len(nodes))
+        fit[places] = basis([at])[0] @ np.linalg.solve(T.T @ T + ridge * np.eye(degree + 1), T.T)
+        fit[-1] += 1.0 - fit.sum()
+        return ((1.0 - blend) * linear + blend * fit).tolist()
+
+    return weights
+
+
+def bounded(forecast: torch.Tensor, newest: torch.Tensor, ratio: float = 1.5) -> torch.Tensor:
+    """``forecast``, but ``newest`` for every sample where its norm is more than ``ratio`` times larger or not a number."""
+    norm, most = forecast.flatten(1).norm(dim=1), ratio * newest.flatten(1).norm(dim=1)
+    return torch.where((norm <= most).view(-1, *[1] * (forecast.ndim - 1)), forecast, newest)
 
 
 def combine(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -7,24 +7,29 @@ from typing import Any
 from .accelerator import Accelerator
 from .adaptive_guidance import AdaptiveGuidance
 from .at_edm import ATEDM
+from .block_skip import BlockSkip
 from .deepcache import DeepCache
 from .delta_dit import DeltaDiT
 from .faster_cfg import FasterCFG
-from .first_block import DBCache, FirstBlockCache
 from .faster_diffusion import FasterDiffusion
+from .first_block import DBCache, FirstBlockCache
 from .fora import FORA
 from .guidance_cache import GuidanceCache
 from .guidance_window import GuidanceWindow
 from .linear_ag import LinearAG
 from .magcache import MagCache
 from .pab import PAB
+from .pladis import PLADIS
 from .seamless_tiles import SeamlessTiles
+from .skip_tuning import SkipTuning
+from .step_forecast import StepForecast
 from .taylorseer import TaylorSeer
 from .teacache import TeaCache
 from .token_cache import TokenCache
 from .token_merge import ToDo
 
 ACCELERATORS: tuple[type[Accelerator], ...] = (
+    StepForecast,
     DeepCache,
     FasterDiffusion,
     FirstBlockCache,
@@ -44,6 +49,9 @@ ACCELERATORS: tuple[type[Accelerator], ...] = (
     GuidanceWindow,
     FasterCFG,
     SeamlessTiles,
+    SkipTuning,
+    PLADIS,
+    BlockSkip,
 )
 
 RECIPES: tuple[tuple[float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
