@@ -26,6 +26,7 @@ from .sites.guidance import guidance
 from .sites.modules import modules
 from .sites.tiles import tiles
 from .sites.tokens import tokens
+from .sites.tuning import tuning
 from .sites.unet import unet
 
 MEASURE = "quickstep.measure"
@@ -55,6 +56,7 @@ SITES: dict[str, Site] = {
     "blocks": Site(blocks),
     "modules": Site(modules),
     "tokens": Site(tokens),
+    "tuning": Site(tuning),
 }
 
 log = logging.getLogger("quickstep")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -54,6 +57,21 @@ class Block:
     module: nn.Module
     layers: tuple[tuple[Layer, nn.Module], ...]
     joint: Joint | None
+
+
+Found = TypeVar("Found")
+
+
+def once_per_network(find: Callable[[nn.Module], Found]) -> Callable[[nn.Module], Found]:
+    """``find``, looking through each network only once; with several GPUs each has its own."""
+    found: WeakKeyDictionary[nn.Module, Found] = WeakKeyDictionary()
+
+    def remembered(network: nn.Module) -> Found:
+        if network not in found:
+            found[network] = find(network)
+        return found[network]
+
+    return remembered
 
 
 def at(module: nn.Module, path: str) -> nn.Module | None:

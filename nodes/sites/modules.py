@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 from comfy.ldm.flux.layers import apply_mod
@@ -25,7 +24,7 @@ from ...solvers.caching.layers import (
 )
 from ...solvers.caching.work import block_work
 from .branches import branch_names, with_hooks
-from .layers import Block, at, blocks_of, known_blocks
+from .layers import Block, at, blocks_of, known_blocks, once_per_network
 from .scoped import scoped
 
 OVERRIDE = "optimized_attention_override"
@@ -34,7 +33,7 @@ OVERRIDE = "optimized_attention_override"
 def modules(model, settings: LayerReuse, key: str, forward_key: str) -> dict[str, Callable]:
     """The wrappers that carry out the plans of a ``LayerSession``."""
     known_blocks(model, settings.title)
-    found: WeakKeyDictionary[nn.Module, list[Block]] = WeakKeyDictionary()  # every GPU has a network of its own
+    blocks = once_per_network(blocks_of)
 
     def forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         options = with_hooks(transformer_options or {}, executor.class_obj)
@@ -43,10 +42,9 @@ def modules(model, settings: LayerReuse, key: str, forward_key: str) -> dict[str
         if session is None or session.plan in (None, Plan.PLAIN) or not names:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         network = executor.class_obj.diffusion_model
-        blocks = found.setdefault(network, blocks_of(network))
         tokens = c_crossattn.shape[1] if torch.is_tensor(c_crossattn) and c_crossattn.ndim > 1 else 0
         one = _Pass(settings, session, session.branches(names), network, tokens, options)
-        with scoped(one.overrides(blocks)):
+        with scoped(one.overrides(blocks(network))):
             out = executor(x, t, c_concat, c_crossattn, control, one.options, **kwargs)
         record = options.get(forward_key)
         if record is not None and session.plan is Plan.PARTIAL:

@@ -15,6 +15,7 @@ from ...solvers.caching.accelerator import Plan
 from ...solvers.caching.at_edm import ATEDM, Pruned, importance, prune
 from ...solvers.caching.layers import CROSS, MLP, SELF, Tally, layer_work
 from ...solvers.caching.token_merge import ToDo, fewer
+from .layers import once_per_network
 from .modules import OVERRIDE, unet_work
 from .scoped import scoped
 
@@ -66,14 +67,14 @@ def _unet(model, needed_by: str, still: bool) -> nn.Module:
 def tokens(model, settings, key: str, forward_key: str) -> dict[str, Callable]:
     """The wrappers that carry out ``ToDo`` and ``ATEDM``."""
     make = {ToDo: _ToDo, ATEDM: _ATEDM}[type(settings)]
-    network = _unet(model, settings.title, still=isinstance(settings, ATEDM))
+    _unet(model, settings.title, still=isinstance(settings, ATEDM))
     given = model.model_options.get("transformer_options", {})
     if isinstance(settings, ATEDM) and _patched(given):
         raise ValueError(
             f"{settings.title}: another node patches attention inside this model and may know the tokens by their place, which "
             "leaving out tokens would break; use one of the two."
         )
-    found = {network: places_of(network, settings.levels)}
+    places = once_per_network(lambda network: places_of(network, settings.levels))
 
     def forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         options = transformer_options or {}
@@ -87,7 +88,7 @@ def tokens(model, settings, key: str, forward_key: str) -> dict[str, Callable]:
                     session.notes.append(said)
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         context = c_crossattn.shape[1] if torch.is_tensor(c_crossattn) and c_crossattn.ndim > 1 else 0
-        one = make(settings, session, network, found.setdefault(network, places_of(network, settings.levels)), context)
+        one = make(settings, session, network, places(network), context)
         with scoped(one.overrides):
             out = executor(x, t, c_concat, c_crossattn, control, one.options(options), **kwargs)
         record = options.get(forward_key)

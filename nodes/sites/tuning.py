@@ -1,0 +1,161 @@
+"""Accelerators that change how a network is evaluated: nothing is kept between calls."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from ...solvers.artifact import mismatches
+from ...solvers.caching.accelerator import Plan
+from ...solvers.caching.block_skip import BlockSkip, Unit
+from ...solvers.caching.layers import CROSS
+from ...solvers.caching.pladis import PLADIS, sparse_attention
+from ...solvers.caching.skip_tuning import SkipTuning, SkipTuningSession
+from ..fingerprint import fingerprint
+from .families import chain
+from .layers import blocks_of, once_per_network
+from .modules import OVERRIDE
+from .scoped import scoped
+from .unet_walk import unet_of
+
+log = logging.getLogger(__name__)
+
+
+def tuning(model, settings, key: str, forward_key: str) -> dict[str, Callable]:
+    """The wrappers that carry out ``SkipTuning``, ``PLADIS`` and ``BlockSkip``."""
+    change = {SkipTuning: _skip_tuning, PLADIS: _pladis, BlockSkip: _block_skip}[type(settings)](model, settings)
+
+    def forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        options = transformer_options or {}
+        session = options.get(key)
+        if session is None or session.plan in (None, Plan.PLAIN):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        changed, overrides, saved = change(executor.class_obj.diffusion_model, session, options)
+        with scoped(overrides):
+            out = executor(x, t, c_concat, c_crossattn, control, changed, **kwargs)
+        record = options.get(forward_key)
+        if record is not None and record.share is not None:
+            record.share *= 1.0 - saved
+        return out
+
+    return {WrappersMP.APPLY_MODEL: forward}
+
+
+def _skip_tuning(model, settings: SkipTuning):
+    """Scales what each output block gets from its input block, out of place: the same tensor may go elsewhere too."""
+    blocks = len(unet_of(model, settings.title).output_blocks)
+
+    def change(network, session: SkipTuningSession, options):
+        def scale(h, skip, extra):
+            rho = session.rho(extra["block"][1], blocks)
+            return h, skip if skip is None or rho == 1.0 else skip * rho
+
+        patches = dict(options.get("patches", {}))
+        patches["output_block_patch"] = [*patches.get("output_block_patch", []), scale]
+        return {**options, "patches": patches}, {}, 0.0
+
+    return change
+
+
+def _cross_attentions(network: nn.Module) -> list[nn.Module]:
+    """The cross-attentions that tell their attention function the options, where it can be replaced."""
+    layers = (pair for block in blocks_of(network) for pair in block.layers)
+    found = [module for layer, module in layers if layer.kind == CROSS]
+    return [module for module in found if "transformer_options" in inspect.signature(type(module).forward).parameters]
+
+
+def _pladis(model, settings: PLADIS):
+    network = model.get_model_object("diffusion_model")
+    if not _cross_attentions(network):
+        raise ValueError(
+            f"{settings.title}: this model is a {type(network).__name__} ({type(model.model).__name__}), which has no separate "
+            "attention to the prompt that could be changed; it works on UNets, Wan, LTX-Video and Cosmos-Predict2."
+        )
+
+    found = once_per_network(_cross_attentions)
+
+    def sharpened(outer):
+        def attention(func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False,
+                      **kwargs):  # fmt: skip
+            given = dict(mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+                         skip_output_reshape=skip_output_reshape, **kwargs)  # fmt: skip
+            dense = func(q, k, v, heads, **given) if outer is None else outer(func, q, k, v, heads, **given)
+            if not skip_reshape:
+                q, k, v = (x.view(*x.shape[:2], -1, q.shape[-1] // heads).transpose(1, 2) for x in (q, k, v))
+            repeat = q.shape[1] // k.shape[1]
+            if repeat > 1:  # several heads of queries share one of keys
+                k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+            sparse = sparse_attention(q, k, v, settings.alpha, mask, kwargs.get("scale"))
+            if not skip_output_reshape:
+                sparse = sparse.transpose(1, 2).flatten(2)
+            return torch.lerp(dense, sparse.to(dense.dtype), settings.lam)
+
+        return attention
+
+    def crossed(module: nn.Module) -> Callable:
+        original = module.forward
+
+        def forward(*args, transformer_options=None, **kwargs):
+            options = transformer_options or {}
+            if kwargs.get("context", args[1] if len(args) > 1 else None) is not None:
+                options = {**options, OVERRIDE: sharpened(options.get(OVERRIDE))}
+            return original(*args, transformer_options=options, **kwargs)
+
+        return forward
+
+    def change(network, session, options):
+        return options, {module: crossed(module) for module in found(network)}, 0.0
+
+    return change
+
+
+def without(network: nn.Module, units: list[Unit], settings_title: str) -> dict[nn.Module, Callable]:
+    """Overrides that leave out the units; raises ``ValueError`` where the network has no such part."""
+    modules = dict(network.named_modules())
+    missing = [unit.name for unit in units if unit.name not in modules]
+    if missing:
+        raise ValueError(
+            f"{settings_title}: this model has no part {missing[0]!r}; the scores were made for another model, make them for "
+            "this one with Block Sensitivity."
+        )
+    whole = {}
+    if any(unit.whole for unit in units):
+        found = chain(network, "", settings_title)
+        whole = dict(zip(found.blocks, found.layouts, strict=True))
+    return {modules[u.name]: _passing(whole[modules[u.name]]) if u.whole else _nothing for u in units}
+
+
+def _nothing(*args, **kwargs):
+    """A layer's output that changes nothing when it is added."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    return torch.zeros_like(x)
+
+
+def _passing(layout) -> Callable:
+    def forward(*args, **kwargs):
+        return layout.pack(layout.streams(args, kwargs))
+
+    return forward
+
+
+def _block_skip(model, settings: BlockSkip):
+    network = model.get_model_object("diffusion_model")
+    if settings.calibration is None and settings.budget > 0.0:
+        raise ValueError(f"{settings.title}: choose scores; Block Sensitivity makes them, once for each model.")
+    units = settings.left_out()
+    without(network, units, settings.title)
+    if settings.calibration is not None:
+        for sentence in mismatches(settings.calibration, model=fingerprint(model)):
+            log.warning("%s: the scores may not fit. %s", settings.title, sentence)
+    saved = sum(unit.work for unit in units)
+    overrides = once_per_network(lambda network: without(network, units, settings.title))
+
+    def change(network, session, options):
+        return options, overrides(network), saved
+
+    return change
