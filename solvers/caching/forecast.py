@@ -75,7 +75,7 @@ def taylor(order: int) -> Weights:
     """TaylorSeer's: f = sum_i D_i k^i / i!, k the distance from the newest anchor, D_i = (D_{i-1} - older D_{i-1}) / gap.
 
     A difference over a gap is not the derivative at its newer end, so from order 2 on this misses even a parabola. It is here to
-    reproduce published numbers; ``lagrange`` is exact. Liu et al. (2025), arXiv:2503.06923, eq. 2.
+    reproduce published numbers; ``lagrange`` is exact. Liu et al. (2025), arXiv:2503.06923.
     """
 
     def weights(at: float, nodes: Sequence[float]) -> list[float]:

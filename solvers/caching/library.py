@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .accelerator import Accelerator
+from .adaptive_diffusion import AdaptiveDiffusion
 from .adaptive_guidance import AdaptiveGuidance
 from .at_edm import ATEDM
 from .block_skip import BlockSkip
 from .deepcache import DeepCache
 from .delta_dit import DeltaDiT
+from .easycache import EasyCachePaper
 from .faster_cfg import FasterCFG
 from .faster_diffusion import FasterDiffusion
 from .first_block import DBCache, FirstBlockCache
@@ -20,6 +22,7 @@ from .linear_ag import LinearAG
 from .magcache import MagCache
 from .pab import PAB
 from .pladis import PLADIS
+from .sada import SADA
 from .seamless_tiles import SeamlessTiles
 from .skip_tuning import SkipTuning
 from .step_forecast import StepForecast
@@ -30,6 +33,9 @@ from .token_merge import ToDo
 
 ACCELERATORS: tuple[type[Accelerator], ...] = (
     StepForecast,
+    EasyCachePaper,
+    SADA,
+    AdaptiveDiffusion,
     DeepCache,
     FasterDiffusion,
     FirstBlockCache,
