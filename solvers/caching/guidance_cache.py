@@ -35,7 +35,7 @@ class GuidanceCache(Accelerator):
     )
     warmup: int = WARMUP(4)
     tail: int = TAIL(0)
-    start_percent: float = START()
+    start_percent: float = START(0.25)
     end_percent: float = END()
 
     @property

@@ -15,8 +15,8 @@ FITTED = Artifact(KIND, {"times": [], "steps": fit([], 8, interval=3, warmup=1, 
 MODELS = ("unet", "sdxl", "sd3", "flux")
 
 VARIANTS = [
-    Variant(GuidanceCache(interval=3, warmup=2, tail=0), GuidanceCache(interval=1), MODELS),
-    Variant(GuidanceCache(interval=2, warmup=1, tail=0, policy="drop"), GuidanceCache(interval=1), name="drop"),
+    Variant(GuidanceCache(interval=3, warmup=2, start_percent=0.0), GuidanceCache(interval=1), MODELS),
+    Variant(GuidanceCache(interval=2, warmup=1, policy="drop"), GuidanceCache(interval=1), name="drop"),
     Variant(AdaptiveGuidance(threshold=-1.0, start_percent=0.2), AdaptiveGuidance(threshold=1.01)),
     Variant(AdaptiveGuidance(threshold=-1.0, policy="reuse"), AdaptiveGuidance(threshold=1.01), name="reuse"),
     Variant(GuidanceWindow(), GuidanceWindow(start_percent=0.0, end_percent=1.0)),
