@@ -28,9 +28,9 @@ class CalibrateLinearAG(io.ComfyNode):
     """Finds LinearAG's coefficients for a model, prompt, sampler and schedule, and saves them to models/quickstep.
 
     Samples ``runs`` times with full guidance from different noise, records both sides of every call, and fits the
-    coefficients by least squares on all runs but the last. The last run is kept aside: the text says how far
-    the negative side is off there, relative to the difference of the two sides, with reuse of the last difference and with the fit.
-    The latent's batch counts as runs too. Use the CFG, sampler and sigmas of the runs to be accelerated.
+    coefficients by least squares on all runs but the last. The last run is kept aside: the text says how far the
+    negative side is off there, relative to the difference of the two sides, with reuse of the last difference and with
+    the fit. The latent's batch counts as runs too. Use the CFG, sampler and sigmas of the runs to be accelerated.
     """
 
     @classmethod

@@ -19,14 +19,15 @@ class DiSA(Method):
 
         n_b = lower + (n - lower) a(b / (B - 1)),   rounded down,
 
-    of the schedule's n steps, with a(r) = 1 - r (linear), (1 + cos pi r) / 2 (cosine), or 1 in the first half and 0 in the
-    second (two-stage). A block keeps its first and last sigmas and the ones in between that are nearest to evenly many
-    apart. The sampler itself is ComfyUI's: a step that a block does not take costs no network call, and the noise drawn
-    after it is thrown away with it.
+    of the schedule's n steps, with a(r) = 1 - r (linear), (1 + cos pi r) / 2 (cosine), or 1 in the first half and 0 in
+    the second (two-stage). A block keeps its first and last sigmas and the ones in between that are nearest to evenly
+    many apart. The sampler itself is ComfyUI's: a step that a block does not take costs no network call, and the noise
+    drawn after it is thrown away with it.
 
     ``lower`` 0, or as many steps as the schedule has, changes nothing. Published for autoregressive image models whose
-    diffusion head takes 50 to 100 steps per token, annealed to 5 to 15. ComfyUI's autoregressive video models are distilled to
-    about four, so there is much less to anneal, and what it costs in quality has not been measured by us: compare.
+    diffusion head takes 50 to 100 steps per token, annealed to 5 to 15. ComfyUI's autoregressive video models are
+    distilled to about four, so there is much less to anneal, and what it costs in quality has not been measured by us:
+    compare.
 
     Works with no other sampler: there is nothing autoregressive about them. Raises ValueError for one.
 

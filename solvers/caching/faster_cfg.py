@@ -26,7 +26,27 @@ def low_pass(value: torch.Tensor, radius: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class FasterCFG(Accelerator):
-    """TODO"""
+    """Computes the negative side of guidance in one call of five and makes it of the positive one in between.
+
+    With delta = d_u - d_c of the last full call, d = (x - D) / t, and L, H the low and high frequencies of its last two
+    dimensions, a partial call computes D_c alone and gets
+
+        d_u = d_c + w_1 L(delta) + w_2 H(delta),    w_1 = 1 + low before ``turn``, w_2 = 1 + high from there on.
+
+    The paper strengthens low frequencies while they are made and high ones at the end. The published program multiplies
+    what it keeps in every partial call anew, so that four calls in a row come to 1.1^4; here the factor is that of one.
+    It starts at 0.36 of sampling, as that of diffusers does; other published scripts have other ranges and factors.
+
+    Measured on our small DiT, 24 steps, 0.75 of the work, median / mean relative distance to full guidance of 5
+    pictures: 0.046 / 0.070 at CFG 4 and 0.063 / 0.124 at CFG 7.5 with DPM-Solver++ (2M), and the same to 0.002 with
+    ``low`` and ``high`` 0: on that model the weights bring nothing, the late start does. Guidance Cache is closer at
+    CFG 4.
+
+    ``interval`` 1 gives exactly the unaccelerated result. Works with every model, sampler and guider that has one
+    positive and one negative side; without one it does nothing and says so.
+
+    Source: Lv et al. (2024), arXiv:2410.19355, eq. 9 to 11; radius and defaults as in diffusers' hooks/faster_cache.py.
+    """
 
     id: ClassVar[str] = "FasterCFG"
     title: ClassVar[str] = "FasterCache CFG-Cache"

