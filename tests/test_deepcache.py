@@ -132,9 +132,14 @@ def test_the_forecast_is_the_polynomial_through_the_full_calls(order):
     assert seen == 7
 
 
-def test_the_order_of_the_forecast_follows_the_sampler():
-    assert DeepCache().order(Run(grid(9))) == 1 and DeepCache().order(Run(grid(9), stochastic=True)) == 0
-    assert DeepCache(forecast_order="2").order(Run(grid(9), stochastic=True)) == 2
+def test_the_forecast_follows_the_sampler():
+    def weights(run, **settings):
+        return DeepCache(**settings).forecast(run)[1](3.0, [1.0, 2.0])
+
+    ode, sde = Run(grid(9)), Run(grid(9), stochastic=True)
+    assert weights(ode) == [-0.5, 1.5] and weights(sde) == [0.0, 1.0]
+    assert weights(sde, forecast_order="1") == [-1.0, 2.0] and weights(ode, forecast_order="0") == [0.0, 1.0]
+    assert [DeepCache(forecast_order=o).forecast(ode)[0] for o in ("auto", "0", "1", "2")] == [1, 0, 1, 2]
 
 
 @pytest.mark.parametrize("order", ["0", "1", "2"])

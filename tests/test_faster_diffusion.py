@@ -1,6 +1,7 @@
 """Encoder propagation's decisions, without a network: key steps, what is computed ahead, injected noise."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_injected_noise_is_where_an_euler_step_ends(process, times):
     session.noise = noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     below, added = float(process.t_of_u(0.5)), []
     x0 = torch.randn_like(noise)
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         with session.call(t):
             moved = (session.inject(x0) - x0) * (1 - s / t)
         wanted = 0.003 * math.hypot(process.alpha(s), s) if 0 < s < below else 0.0

@@ -23,7 +23,7 @@ import torch
 from ..method import param
 from .accelerator import Accelerator, Plan, Run, Session
 from .declared import CACHE_DEVICE, CACHE_MB, place, room
-from .forecast import lagrange
+from .forecast import Weights, damped, lagrange, reuse
 from .store import BranchStore
 from .tracker import Position
 
@@ -143,8 +143,8 @@ class DeepCache(Accelerator):
     cache_device: str = CACHE_DEVICE()
     forecast_order: str = param(
         "auto",
-        "How the deep part is carried on between full calls: 0 as it was, 1 along the line through the last two, 2 along a "
-        "parabola. auto: 1, and 0 where the sampler adds noise.",
+        "How the deep part is carried on between full calls: 0 as it was, 1 along the line through the last two, 2 along "
+        "a parabola. auto: half way along the line, or as it was where the sampler adds noise.",
         options=("auto", "0", "1", "2"),
         advanced=True,
     )
@@ -172,11 +172,11 @@ class DeepCache(Accelerator):
             )
         return self.depth
 
-    def order(self, run: Run) -> int:
-        """The degree of the forecast in this run."""
-        if self.forecast_order == "auto":
-            return 0 if run.stochastic else 1
-        return int(self.forecast_order)
+    def forecast(self, run: Run) -> tuple[int, Weights]:
+        """How many full calls before the last one a forecast looks back, and what it makes of them."""
+        if self.forecast_order != "auto":
+            return int(self.forecast_order), lagrange(int(self.forecast_order))
+        return (0, reuse) if run.stochastic else (1, damped(lagrange(1), 0.5))
 
     def start(self, run: Run) -> DeepCacheSession:
         return DeepCacheSession(self, run)
@@ -193,8 +193,7 @@ class DeepCacheSession(Session):
     def __init__(self, settings: DeepCache, run: Run):
         super().__init__(run)
         self.settings = settings
-        self.order = settings.order(run)
-        self.weights = lagrange(self.order)
+        self.order, self.weights = settings.forecast(run)
         self.store = BranchStore(self.order + 1, room(settings.max_cache_mb), place(settings.cache_device))
         steps = self.tracker.steps
         self.gaps = [b - a for a, b in pairwise([*settings.full_steps(steps), steps]) for _ in range(b - a)]

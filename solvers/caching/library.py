@@ -14,6 +14,7 @@ from .delta_dit import DeltaDiT
 from .easycache import EasyCachePaper
 from .faster_cfg import FasterCFG
 from .faster_diffusion import FasterDiffusion
+from .feature_inheritance import FeatureInheritance
 from .first_block import DBCache, FirstBlockCache
 from .fora import FORA
 from .guidance_cache import GuidanceCache
@@ -38,6 +39,7 @@ ACCELERATORS: tuple[type[Accelerator], ...] = (
     AdaptiveDiffusion,
     DeepCache,
     FasterDiffusion,
+    FeatureInheritance,
     FirstBlockCache,
     DBCache,
     TeaCache,

@@ -11,8 +11,8 @@ Share = Callable[..., float]
 """``(network, shape of its input, tokens of its conditioning) -> share`` of the work of a whole pass."""
 
 
-def block_work(blocks: Iterable[Iterable[nn.Module]], places: float, tokens: int) -> list[float]:
-    """Multiply-adds of each of the consecutive ``blocks``, per image, and nothing of what follows them.
+def inner_work(blocks: Iterable[Iterable[nn.Module]], places: float, tokens: int) -> list[list[dict[str, float]]]:
+    """Multiply-adds per image of every module in every layer of the consecutive ``blocks``, by its name in the layer.
 
     places: positions (height x width) of what enters the first block; ``Downsample`` quarters and ``Upsample``
         quadruples them for itself and what comes after.
@@ -20,17 +20,26 @@ def block_work(blocks: Iterable[Iterable[nn.Module]], places: float, tokens: int
 
     A convolution costs k k c_in c_out per position, a linear layer c_in c_out; ``emb_layers`` run once, ``attn2``'s
     keys and values once per token. Attention of n positions to m costs 2 n m c on top. Norms and activations are left
-    out.
+    out. A module's number does not contain those of the modules inside it.
     """
-    work = []
+    found = []
     for block in blocks:
-        total = 0.0
+        layers = []
         for layer in block:
-            kind = type(layer).__name__
-            places *= {"Downsample": 0.25, "Upsample": 4.0}.get(kind, 1.0)
-            total += sum(_layer_work(name, module, places, tokens) for name, module in layer.named_modules())
-        work.append(total)
-    return work
+            places *= {"Downsample": 0.25, "Upsample": 4.0}.get(type(layer).__name__, 1.0)
+            layers.append({name: _layer_work(name, module, places, tokens) for name, module in layer.named_modules()})
+        found.append(layers)
+    return found
+
+
+def block_work(blocks: Iterable[Iterable[nn.Module]], places: float, tokens: int) -> list[float]:
+    """Multiply-adds of each of the consecutive ``blocks``, per image, and nothing of what follows them."""
+    return [sum(sum(layer.values()) for layer in block) for block in inner_work(blocks, places, tokens)]
+
+
+def part_work(layer: dict[str, float], part: str) -> float:
+    """Multiply-adds of the module ``part`` of a layer, with everything inside it; the whole layer for ''."""
+    return sum(work for name, work in layer.items() if not part or name == part or name.startswith(f"{part}."))
 
 
 def _layer_work(name: str, module: nn.Module, places: float, tokens: int) -> float:

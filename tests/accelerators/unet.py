@@ -2,6 +2,7 @@
 
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
 from quickstep_under_test.solvers.caching.faster_diffusion import FasterDiffusion
+from quickstep_under_test.solvers.caching.feature_inheritance import FeatureInheritance
 
 from . import Variant
 
@@ -20,5 +21,14 @@ VARIANTS = [
         FasterDiffusion(key_steps="uniform", interval=1, parallel_batch=4),
         models=("unet",),
         name="together",
+    ),
+    *(
+        Variant(
+            FeatureInheritance(inherit=inherit, mode=mode, warmup=1),
+            FeatureInheritance(inherit=inherit, mode=mode, interval=1),
+            models=("unet", "sdxl"),
+            name=inherit,
+        )
+        for inherit, mode in (("blocks", "together"), ("layers", "in turn"), ("units", "together"))
     ),
 ]
