@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 
 import comfy.model_management
 import comfy.sample
@@ -63,11 +64,12 @@ class _Probe:
             model(x, sigmas[0] * ones, **extra_args)
         self.names = candidates(self.model, work)
         progress = comfy.utils.ProgressBar(len(self.probed) * len(self.names))
-        for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        for i, (s, t) in enumerate(pairwise(sigmas)):
             denoised = model(x, s * ones, **extra_args)
             for name, whole, share in self.names if i in self.probed else ():
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                with scoped(without(self.network, [Unit(name, whole, share, ())], TITLE)):
+                ((_, module, instead),) = without(self.network, [Unit(name, whole, share, ())], TITLE)
+                with scoped({module: instead}):
                     changed = model(x, s * ones, **extra_args)
                 self.scores.setdefault(name, []).append(change(x, denoised, changed))
                 progress.update(1)

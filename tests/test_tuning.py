@@ -72,7 +72,7 @@ def test_bad_files_are_refused():
         Artifact(KIND, table(scores=None)),
         Artifact("x", {}),
     ):
-        with pytest.raises(ValueError, match="is damaged; run Block Sensitivity again|is needed here"):
+        with pytest.raises(ValueError, match=r"is damaged; run Block Sensitivity again|is needed here"):
             BlockSkip(calibration=artifact)
 
 

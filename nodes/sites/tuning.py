@@ -114,20 +114,21 @@ def _pladis(model, settings: PLADIS):
     return change
 
 
-def without(network: nn.Module, units: list[Unit], settings_title: str) -> dict[nn.Module, Callable]:
-    """Overrides that leave out the units; raises ``ValueError`` where the network has no such part."""
+def without(network: nn.Module, units: list[Unit], needed_by: str) -> list[tuple[Unit, nn.Module, Callable]]:
+    """(unit, its module, what the module does instead); raises ``ValueError`` where the network has no such part."""
     modules = dict(network.named_modules())
     missing = [unit.name for unit in units if unit.name not in modules]
     if missing:
         raise ValueError(
-            f"{settings_title}: this model has no part {missing[0]!r}; the scores were made for another model, make them for "
+            f"{needed_by}: this model has no part {missing[0]!r}; the scores were made for another model, make them for "
             "this one with Block Sensitivity."
         )
-    whole = {}
+    layouts = {}
     if any(unit.whole for unit in units):
-        found = chain(network, "", settings_title)
-        whole = dict(zip(found.blocks, found.layouts, strict=True))
-    return {modules[u.name]: _passing(whole[modules[u.name]]) if u.whole else _nothing for u in units}
+        found = chain(network, "", needed_by)
+        layouts = dict(zip(found.blocks, found.layouts, strict=True))
+    found = [(unit, modules[unit.name]) for unit in units]
+    return [(unit, module, _passing(layouts[module]) if unit.whole else _nothing) for unit, module in found]
 
 
 def _nothing(*args, **kwargs):
@@ -152,10 +153,11 @@ def _block_skip(model, settings: BlockSkip):
     if settings.calibration is not None:
         for sentence in mismatches(settings.calibration, model=fingerprint(model)):
             log.warning("%s: the scores may not fit. %s", settings.title, sentence)
-    saved = sum(unit.work for unit in units)
-    overrides = once_per_network(lambda network: without(network, units, settings.title))
+    parts = once_per_network(lambda network: without(network, units, settings.title))
 
     def change(network, session, options):
-        return options, overrides(network), saved
+        # A part that has another forward already is a cache's, which counts on being asked.
+        free = [part for part in parts(network) if "forward" not in vars(part[1])]
+        return options, {module: instead for _, module, instead in free}, sum(unit.work for unit, _, _ in free)
 
     return change

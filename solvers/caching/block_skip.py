@@ -48,7 +48,8 @@ class BlockSkip(Accelerator):
     that LAPTOP-Diff relies on. It holds for a few units, not for many: the original methods train afterwards, this one does
     not, so keep the budget small. First and last blocks, and what changes the number of channels, always stay.
 
-    ``budget`` 0 gives exactly the plain result. A layer that another pack replaces is computed.
+    ``budget`` 0 gives exactly the plain result. Parts that a cache on the same model takes care of (FORA, block caches), and
+    layers that another pack replaces, are not left out.
 
     Raises ValueError without scores, or for those of another network.
 

@@ -239,7 +239,7 @@ def test_block_skip_works_inside_its_window_and_says_what_it_saves():
     sample(both)
     fora = attach.attach(model_of("unet"), FORA(interval=2, warmup=1, tail=0))
     sample(fora)
-    assert last(both).work < last(fora).work + 0.02
+    assert last(both).work == last(fora).work  # the cache's parts are the cache's
     off = attach.attach(model_of("unet"), BlockSkip(settings.calibration, start_percent=1.0, end_percent=1.0))
     assert torch.equal(sample(off), sample(model_of("unet")))
 
@@ -247,7 +247,7 @@ def test_block_skip_works_inside_its_window_and_says_what_it_saves():
 def test_scores_of_another_model_are_refused_or_reported(caplog):
     with pytest.raises(ValueError, match="choose scores"):
         attach.attach(model_of("unet"), BlockSkip())
-    with pytest.raises(ValueError, match="has no part 'double_blocks.1'"):
+    with pytest.raises(ValueError, match="has no part 'double_blocks"):
         attach.attach(model_of("unet"), BlockSkip(file_of(("double_blocks.1", True))))
 
 
