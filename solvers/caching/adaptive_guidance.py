@@ -37,7 +37,7 @@ class AdaptiveGuidance(Accelerator):
     has one positive and one negative side; without one it does nothing and says so. CFG++ samplers get the positive
     prediction as their unconditional one (drop).
 
-    Source: Castillo et al. (2023), arXiv:2312.12487, section 5.
+    Source: Castillo et al. (2023), arXiv:2312.12487.
     """
 
     id: ClassVar[str] = "AdaptiveGuidance"

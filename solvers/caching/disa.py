@@ -31,7 +31,7 @@ class DiSA(Method):
 
     Works with no other sampler: there is nothing autoregressive about them. Raises ValueError for one.
 
-    Source: Zhao et al. (2025), arXiv:2505.20297, section 4; rounding as in the authors' programs.
+    Source: Zhao et al. (2025), arXiv:2505.20297; rounding as in the authors' programs.
     """
 
     id: ClassVar[str] = "DiSA"

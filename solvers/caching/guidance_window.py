@@ -26,7 +26,7 @@ class GuidanceWindow(Accelerator):
     From 0 to 1 gives exactly the unaccelerated result. Works with every model, sampler and guider that has one
     positive and one negative side; without one it does nothing and says so.
 
-    Source: Kynkaanniemi et al. (2024), arXiv:2404.07724, eq. 5; the interval for SDXL is its section 4.3's.
+    Source: Kynkaanniemi et al. (2024), arXiv:2404.07724.
     """
 
     id: ClassVar[str] = "GuidanceWindow"

@@ -41,7 +41,7 @@ class LinearAG(Accelerator):
     Without a calibration, on another schedule, or with a sampler that calls the network several times per step, it
     does nothing and says so. A calibration for another model or guidance scale is used, with a warning.
 
-    Source: Castillo et al. (2023), arXiv:2312.12487, section 6; the regressors and the ridge are ours.
+    Source: Castillo et al. (2023), arXiv:2312.12487; the regressors and the ridge are ours.
     """
 
     id: ClassVar[str] = "LinearAG"

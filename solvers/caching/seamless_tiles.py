@@ -39,10 +39,31 @@ def starts(size: int, tile: int, overlap: int, shift: int, whole: bool) -> list[
 class SeamlessTiles(Accelerator):
     """Samples a picture larger than the model was made for in tiles side by side, which move from step to step.
 
-    With d = (x - D) / t of every tile, computed on its own, the prediction of the whole picture is put together from them.
-    Borders that stay where they are become seams; here the grid is moved by a random offset in every step, the same
-    for all calls of the step, so that every place is inside a tile most of the time. No pixel is computed twice except
-    in the last row and column, whose tiles are moved inside.
+    For memory and for models that repeat themselves in large pictures, best in a second pass over an enlarged picture, or
+    with a ControlNet: nothing but what is there already holds the tiles together. No faster than the whole picture, except
+    for the attention, whose cost grows with the square of the tile.
+
+    Borders that stay where they are become seams. Here the grid begins at a random offset in every step, the same for all
+    calls of the step, so that a border is inside a tile in the next one; as the paper shows, that does as well as
+    overlapping tiles, at the cost of none. The last tiles of a row and column are moved inside to keep their size, the mean
+    counts where they overlap. Above and left of the grid an uncovered margin is left, which gets, by ``fill``,
+
+        D = x - t d   with d = (x' - D') / t' of the call before  (previous, the paper's noise reference),
+        D of the picture moved around its edges                   (wrap),
+        D of one more row and column of tiles                     (extra; no margin, up to 9 tiles for 4).
+
+    Measured on our small UNet, tiles of 32 in 64 x 64, 12 of 20 Euler steps over a finished picture, against the picture
+    redone as a whole: relative distance plain 0.25, overlap 8 at 2.25 times the work 0.23, previous 0.23 with moves up to
+    16 and 0.25 up to 8, wrap 0.31: a tile across the outer edge sees two pictures. The jump of that distance across the
+    fixed borders, to that elsewhere, is 1.10, 0.95, 0.99, 0.95 and 0.74. Without the steps that are not moved
+    (``reset_every`` 100) the margin is never fresh and stays noisy: a visible line.
+
+    A tile as large as the picture changes nothing. Areas, masks, inpainting and hooks are as always; what has the picture's
+    size (inpainting models' inputs) is cut with it, and so are residuals of ControlNets, which see the whole picture.
+    Raises ValueError for ControlNets of token models, second pictures (Kontext, Qwen Edit) and GLIGEN. With samplers that
+    choose their steps the tiles stand still.
+
+    Source: Zheng et al. (2023), arXiv:2308.16582, and the authors' program; wrap and extra are ours.
     """
 
     id: ClassVar[str] = "SeamlessTiles"
@@ -108,7 +129,7 @@ class SeamlessTilesSession(Windowed):
         if self.run.adaptive or (s.fill == PREVIOUS and self.step % s.reset_every == 0):
             return 0, 0
         draw = random.Random(f"{s.seed} {self.step}")
-        dy, dx = (draw.randint(0, min(s.max_shift, s.tile - 1)) // unit * unit for _ in range(2))
+        dy, dx = (draw.randint(0, min(s.max_shift, s.tile // 2)) // unit * unit for _ in range(2))
         return (dy if height > s.tile else 0), (dx if width > s.tile else 0)
 
     def boxes(self, height: int, width: int, move: tuple[int, int], whole: bool) -> list[Box]:
