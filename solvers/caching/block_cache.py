@@ -17,10 +17,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from ..artifact import mismatches
 from .accelerator import Accelerator, Plan, Run, Session
 from .declared import place, room
 from .forecast import lagrange
@@ -43,12 +44,14 @@ class BlockCache(Accelerator):
     """
 
     site: ClassVar[str] = "blocks"
-    start_percent: ClassVar[float]
-    end_percent: ClassVar[float]
-    warmup: ClassVar[int]
-    tail: ClassVar[int]
-    max_cache_mb: ClassVar[int]
-    cache_device: ClassVar[str]
+
+    if TYPE_CHECKING:
+        start_percent: ClassVar[float]
+        end_percent: ClassVar[float]
+        warmup: ClassVar[int]
+        tail: ClassVar[int]
+        max_cache_mb: ClassVar[int]
+        cache_device: ClassVar[str]
 
     @property
     def profile(self) -> BlockProfile | None:
@@ -78,7 +81,9 @@ class BlockCache(Accelerator):
             return f"{self.title} has little to reuse in {run.steps} steps, and each reuse shows; better without it"
         if run.stochastic and self.degree > 0:
             return f"{self.title} reuses without forecast, as noise is added between the steps"
-        return None
+        found = self.profile.source if self.profile is not None else None
+        said = mismatches(found, run.process, steps=run.steps, cfg=run.cfg) if found is not None else []
+        return f"{self.title}: the calibration may not fit. {' '.join(said)}".removesuffix(".") if said else None
 
     def cache(self, run: Run) -> BranchStore:
         """An empty one, of the size and at the place that the user allows."""

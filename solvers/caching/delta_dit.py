@@ -22,21 +22,32 @@ class DeltaDiT(BlockCache):
 
         t before b:  h_n = h_{n-m} + (h_n - h_{n-m})*        t after b:  h_m = h_0 + (h_m - h_0)*,
 
-    where * is of the last full call.
+    where * is of the last full call, or extrapolated from the last ones.
+
+    A call that hits still computes the other blocks, so it saves less than TaylorSeer at the same interval and is hardly closer:
+    on the demo DiT (30 steps, CFG 4) share 0.8, interval 2 is 0.011 off the full run at 0.66 of the work, TaylorSeer 0.009 at
+    0.57; share 0.4, interval 3 is 0.026 off at 0.78, which 24 plain Euler steps (0.014) beat. At the switch one call is full.
+
+    Works with every sampler but adaptive ones, ControlNet, LoRA, areas and context windows. Not with torch.compile, nor with
+    other caches of blocks or layers.
+
+    Raises ValueError on HunyuanDiT, whose late blocks read what early ones return, unless b is 1.
+
+    Source: Chen et al. (2024), arXiv:2406.01125; the paper reuses what was kept as it is.
     """
 
     id: ClassVar[str] = "DeltaDiT"
     title: ClassVar[str] = "Delta-DiT"
     paper: ClassVar[str] = "Chen et al. (2024), arXiv:2406.01125"
 
-    interval: int = param(3, "One call of the network in this many is full; 1 switches the cache off.", min=1, max=20)
+    interval: int = param(2, "One call of the network in this many is full; 1 switches the cache off.", min=1, max=20)
     share: float = param(0.5, "Which share of the blocks is skipped.", min=0.05, max=0.95, step=0.05)
     b: float = param(
         0.5, "Where in sampling to change from skipping back blocks to skipping front blocks; 0 skips front blocks only, "
         "1 back blocks only.", min=0.0, max=1.0, step=0.05,
     )  # fmt: skip
     forecast_order: int = param(
-        0, "How the skipped blocks are continued from past calls: 0 reuses, 1 extrapolates a line, 2 a parabola.",
+        1, "How the skipped blocks are continued from past calls: 0 reuses, 1 extrapolates a line, 2 a parabola.",
         min=0, max=2, advanced=True,
     )  # fmt: skip
     start_percent: float = START()

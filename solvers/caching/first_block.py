@@ -25,7 +25,18 @@ class FirstBlockCache(BlockCache):
         mean |r - r*| / mean |r*|  <  threshold,
 
     where the means are over the picture's tokens (256 of them at most), for the row of the batch where it is largest. r* changes
-    in full calls only, so that small steps cannot add up unseen.
+    in full calls only, so that small steps cannot add up unseen. Calls that hit give h_n = h_1 + R, R being what blocks
+    1 ... n - 1 added in the last full calls, extrapolated in half log-SNR.
+
+    On the demo DiT (30 steps, CFG 4) at 0.55 of the work it is 0.016 off the full run, where 16 plain steps are 0.05 (Euler)
+    and 0.035 (DPM-Solver++ 2M) off. It loses to TaylorSeer and TeaCache at the same work there: block 0 is a fifth of that
+    network, and its change is large at the start, so that nothing is skipped below a threshold of 0.1. With ancestral and SDE
+    samplers fresh noise moves block 0 and little is skipped.
+
+    Works with every sampler but adaptive ones, ControlNet, LoRA, areas and context windows. Not with torch.compile, nor with
+    other caches of blocks or layers. One decision for the conditional and the unconditional prediction.
+
+    Source: ParaAttention and Diffusers (``first_block_cache``); no paper. Both reuse R as it is (``forecast_order`` 0).
     """
 
     id: ClassVar[str] = "FirstBlockCache"
@@ -68,12 +79,20 @@ class DBCache(BlockCache):
     First-Block Cache with more to look at and more that stays fresh: Fn = 1, Bn = 0 is the same. Take Fn = 8 where that one
     is too rough; each block that stays costs its share of the network.
 
-    With r = h_Fn - h_0 and r* of the last full call, a call hits if  mean |r - r*| / mean |r*| < threshold.
+    With r = h_Fn - h_0 and r* of the last full call, a call hits if  mean |r - r*| / mean |r*| < threshold. Then
+    h_{n-Bn} = h_Fn + R, and the last Bn blocks run on that.
+
+    What is fresh costs: on the demo DiT of 5 blocks, Fn = 1 and Bn = 1 with threshold 0.2 come to 0.66 of the work and 0.013
+    off the full run, First-Block Cache to 0.58 and 0.016. Bn pays only where the network is long.
+
+    Raises ValueError when put on a model with no more than Fn + Bn blocks. Otherwise as First-Block Cache.
+
+    Source: cache-dit's DBCache; no paper. Its defaults are Fn = 8, Bn = 0, and R as it is.
     """
 
     id: ClassVar[str] = "DBCache"
     title: ClassVar[str] = "DBCache"
-    paper: ClassVar[str] = "DefTruth et al. (2025), github.com/vipshop/cache-dit"
+    paper: ClassVar[str] = "vipshop (2025), github.com/vipshop/cache-dit"
 
     threshold: float = param(
         0.08, "How much the first blocks may differ from the last full call: more is faster. 0 switches it off.",

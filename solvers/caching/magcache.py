@@ -28,7 +28,18 @@ class MagCache(BlockCache):
         g = exp(G(lambda) - G(lambda*)),    E <- E + |1 - g|;
 
     it hits while E < threshold and no more than ``K`` calls in a row did, with h_n = h_0 + g R (the paper has g = 1 here);
-    else everything is computed and E = 0.
+    else everything is computed and E = 0. The paper takes the mean of the ratios of the tokens' sizes, this the ratio of R's.
+
+    Size says nothing about direction. On the demo DiT (30 steps, CFG 4) at 0.5 of the work it is 0.025 off the full run,
+    where 15 plain steps are 0.057 (Euler) and 0.037 (DPM-Solver++ 2M) off; at 0.4 it is 0.055 off with DPM-Solver++ 2M, which
+    12 plain steps are as well. TaylorSeer and TeaCache are closer at the same work.
+
+    Works with every sampler but adaptive ones, ControlNet, LoRA, areas and context windows. Not with torch.compile, nor with
+    other caches of blocks or layers.
+
+    Raises ValueError for another model's file. Other steps or another guidance scale than calibrated are said in the report.
+
+    Source: Ma et al. (2025), arXiv:2506.09045.
     """
 
     id: ClassVar[str] = "MagCache"

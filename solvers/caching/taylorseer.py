@@ -21,9 +21,19 @@ class TaylorSeer(BlockCache):
 
         R(lambda) = sum_j R_j prod_{k != j} (lambda - lambda_k) / (lambda_j - lambda_k),
 
-    the polynomial through them in half log-SNR lambda. That is the paper's Taylor expansion from finite differences (eq. 4),
+    the polynomial through them in half log-SNR lambda. That is the paper's Taylor expansion from finite differences,
     made exact for uneven steps. The paper keeps a history for every attention and feed-forward layer; this keeps one, for all
-    of them together, which takes 1/50 of the memory and computes nothing in calls between.
+    of them together ("lite"): a fraction of the memory, and no block is computed in calls between. The paper's intervals of 5
+    and 6 need 50 steps.
+
+    On the demo DiT (30 steps, CFG 4) interval 2 is 0.009 off the full run at 0.57 of the work, interval 3 is 0.025 at 0.41;
+    17 and 12 plain steps are 0.045 and 0.077 (Euler), 0.03 and 0.057 (DPM-Solver++ 2M) off. It does not look at the picture:
+    where something happens fast it extrapolates all the same. Samplers that add noise between the steps get R as it is.
+
+    Works with every sampler but adaptive ones, ControlNet, LoRA, areas and context windows. Not with torch.compile, nor with
+    other caches of blocks or layers.
+
+    Source: Liu et al. (2025), arXiv:2503.06923.
     """
 
     id: ClassVar[str] = "TaylorSeer"
@@ -32,7 +42,7 @@ class TaylorSeer(BlockCache):
 
     interval: int = param(3, "One call of the network in this many is full; 1 switches the cache off.", min=1, max=20)
     order: int = param(
-        1, "Of the polynomial: 0 reuses, 1 a line, 2 a parabola; higher needs smooth sampling.", min=0, max=3
+        2, "Of the polynomial: 0 reuses, 1 a line, 2 a parabola; higher needs smooth sampling.", min=0, max=3
     )
     start_percent: float = START()
     end_percent: float = END()

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-ONCE = re.compile(r"mod|adaln|time|t_emb|t_block|vec|guidance|pool|y_emb|extra_emb|distilled", re.IGNORECASE)
+ONCE = re.compile(r"mod|adaln|time|(?<![a-z])[ty]_|vec|guidance|pool|extra_emb|distilled", re.IGNORECASE)
 """In names of layers that see one token per picture: embeddings of time and the modulation made of them."""
-TEXT = re.compile(r"txt|text|context|caption|cond_seq|add_[qkv]|add_out|to_add|(?<![a-z])c_|C\b|w[12]?[qkvo]?c\b|mlpC")
+TEXT = re.compile(r"txt|text|caption|cond_seq|add_[qkv]|to_add|mlpC")
 """In names of layers that see the text's tokens."""
 
 
