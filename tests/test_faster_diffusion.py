@@ -50,7 +50,13 @@ def test_interval_one_and_outside_the_window_keep_nothing():
     times = grid(8)
     assert set(plans(FasterDiffusion(key_steps="uniform", interval=1), times[:-1], times)) == {Plan.PLAIN}
     made = plans(FasterDiffusion(**KEPT), times[:-1], times, window=(6.0, 2.0))
-    assert [plan is Plan.PLAIN for plan in made] == [True] * 2 + [False] * 4 + [True] * 2
+    assert made == [Plan.PLAIN] * 2 + [Plan.FULL, Plan.PARTIAL, Plan.FULL, Plan.PARTIAL] + [Plan.PLAIN] * 2
+
+
+def test_a_key_step_that_was_answered_elsewhere_is_made_up_for():
+    times = grid(12)
+    made = plans(FasterDiffusion(**KEPT), [12.0, 11.0, 10.0, 7.0, 6.0, 6.5], times)
+    assert made == [Plan.FULL, Plan.PARTIAL, Plan.PARTIAL, Plan.FULL, Plan.PARTIAL, Plan.FULL]
 
 
 def test_it_is_off_where_it_must_be():

@@ -7,6 +7,10 @@ n - 1 - i. With branch depth d, write
 
 A full call computes everything and keeps h_first. A partial call computes input blocks 0 ... d, takes the kept h_first
 and computes output blocks first ... n - 1: the outer ring, where the fine detail is, is always fresh.
+
+The paper takes h_first as it was. Here the last full calls may be carried on: with g = 1/2, or g = 1 for ``forecast_order`` 1,
+
+    h_first(lambda) = h_k + g (lambda - lambda_k) / (lambda_k - lambda_{k-1}) (h_k - h_{k-1}),   lambda half the log-SNR.
 """
 
 from __future__ import annotations
@@ -90,6 +94,15 @@ class DeepCache(Accelerator):
 
     ``depth`` counts the input blocks that stay fresh, besides the first. 0 is what diffusers calls
     ``cache_branch_id=0``; the paper's Stable Diffusion tables use 1.
+
+    ``forecast_order`` 0 is the paper's reuse. On this pack's demo UNet (25 steps, Karras, interval 3) the median relative
+    error against the uncached picture was, for reuse / auto / 1: at depth 0 0.051 / 0.016 / 0.063 with Euler and 0.053 /
+    0.029 / 0.063 with dpmpp_2m, at depth 2 0.018 / 0.009 / 0.010 and 0.018 / 0.006 / 0.010: the whole line overshoots.
+    A forecast keeps twice the memory.
+
+    Fewer steps are the other way to the same work. There, 12 plain steps had 0.033 with Euler and 0.019 with dpmpp_2m
+    (depth 0 is worth 12.6), 18 had 0.009 and 0.006 (depth 2 is worth 18.3): better only for Euler at depth 0. The
+    demo network's f is 0.17, 0.43, 0.55; the smaller it is, the better DeepCache compares.
     """
 
     id: ClassVar[str] = "DeepCache"

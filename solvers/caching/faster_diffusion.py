@@ -133,13 +133,17 @@ class FasterDiffusion(Accelerator):
 
 
 class FasterDiffusionSession(Session):
-    """All calls in a key step are full, all others are made by the decoder alone where something was kept for them."""
+    """All calls in a key step are full, and the next one where the sampler never made them (what answers whole calls came
+    first, or the window began later). All others are made by the decoder alone.
+    """
 
     def __init__(self, settings: FasterDiffusion, run: Run):
         super().__init__(run)
         self.settings = settings
         self.store = BranchStore(1, room(settings.max_cache_mb), place(settings.cache_device))
         self.keys = settings.keys(self.tracker.steps)
+        self.key = -1
+        """The key step that what is kept stands for."""
         self.position = Position(0, 0, False, False)
         self.single = True
         """Whether the sampler has made one call per step so far, at the time of the schedule."""
@@ -155,10 +159,16 @@ class FasterDiffusionSession(Session):
         if not self.active(t) or len(self.keys) >= self.tracker.steps:
             self.flush()
             return Plan.PLAIN
-        if step not in self.keys:
+        key = max(k for k in self.keys if k <= step)
+        if step != key == self.key:
             return Plan.PARTIAL
         self.flush()
+        self.key = key
         return Plan.PLAIN if step + 1 in self.keys else Plan.FULL
+
+    def flush(self) -> None:
+        self.key = -1
+        super().flush()
 
     def keep(self, branches: Sequence[Hashable], part: int, value: torch.Tensor) -> None:
         """Keep h (part 0) or a skip (1 ...) of this call."""
