@@ -23,7 +23,7 @@ from .bridge import Sampler, process_from
 from .sites.blocks import blocks
 from .sites.evaluation import evaluation
 from .sites.guidance import guidance
-from .sites.modules import modules
+from .sites.parts import parts
 from .sites.tiles import tiles
 from .sites.tokens import tokens
 from .sites.tuning import tuning
@@ -54,7 +54,7 @@ SITES: dict[str, Site] = {
     "tiles": Site(tiles, compiles=True),
     "unet": Site(unet),
     "blocks": Site(blocks),
-    "modules": Site(modules),
+    "modules": Site(parts),
     "tokens": Site(tokens),
     "tuning": Site(tuning),
 }

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 from ...solvers.caching.deepcache import DeepCache
 from ...solvers.caching.faster_diffusion import FasterDiffusion
-from ...solvers.caching.feature_inheritance import FeatureInheritance
 from .unet_decoder import faster_diffusion
-from .unet_inheritance import feature_inheritance
 from .unet_ring import deepcache
 
-MOUNTS = {DeepCache: deepcache, FasterDiffusion: faster_diffusion, FeatureInheritance: feature_inheritance}
+MOUNTS = {DeepCache: deepcache, FasterDiffusion: faster_diffusion}
 
 
 def unet(model, settings, key: str, forward_key: str) -> dict[str, Callable]:

@@ -21,6 +21,9 @@ from .unet_walk import record_share, unet_of
 
 COMPUTED = ("in_layers", "emb_layers", "out_layers")
 """The parts of a ResBlock that are left out where it inherits: all but the skip."""
+ATTENTION = ("attn1", "attn2")
+PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch")
+"""What other packs change attention with: token merging hands it other tokens in every step."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def feature_inheritance(model, settings: FeatureInheritance, key: str, forward_k
         if network not in found:
             found[network] = list(places(network, settings))
         one = _Pass(session, session.branches(names), network)
-        patched = any(options.get("patches", {}).get(f"{u}_{p}") for u in ("attn1", "attn2") for p in PATCHES)
-        used = {n: p for n, p in enumerate(found[network]) if not (patched and p.kind in ("attn1", "attn2"))}
+        patched = any(options.get("patches", {}).get(name) for name in PATCHES)
+        used = {n: place for n, place in enumerate(found[network]) if not (patched and place.kind in ATTENTION)}
         with scoped(one.overrides(used)):
             out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if one.inherited and one.shape is not None:
@@ -94,9 +97,6 @@ def feature_inheritance(model, settings: FeatureInheritance, key: str, forward_k
         return out
 
     return {WrappersMP.APPLY_MODEL: forward}
-
-
-PATCHES = ("patch", "output_patch")
 
 
 def _work(place: Place, work: list[list[dict[str, float]]]) -> float:

@@ -54,7 +54,7 @@ class FeatureInheritance(Accelerator):
     id: ClassVar[str] = "FeatureInheritance"
     title: ClassVar[str] = "Feature Inheritance"
     paper: ClassVar[str] = "Zhu, Wang, Pan et al. (2024), arXiv:2406.00210"
-    site: ClassVar[str] = "unet"
+    site: ClassVar[str] = "modules"
 
     inherit: str = param(
         "layers",
