@@ -72,23 +72,25 @@ class _Pass:
         self.options = {**options, OVERRIDE: self.attention}
 
     def overrides(self, blocks: list[Block]) -> dict[nn.Module, Callable]:
-        made: dict[nn.Module, Callable] = self.sized() if hasattr(self.network, "input_blocks") else {}
+        unet = hasattr(self.network, "input_blocks")
+        made: dict[nn.Module, Callable] = self.sized() if unet else {}
         for block in blocks:
             for layer, module in block.layers:
-                if self.settings.every(layer.kind) > 1:
+                if (
+                    self.settings.every(layer.kind) > 1 or not unet
+                ):  # of others, the layers are the work to compare with
                     made[module] = self.layer(layer, module)
                 self.along_frames |= layer.kind == TEMPORAL
             if block.joint is None:
                 continue
             if block.joint.fused and self.settings.every(FUSED) > 1:
                 made.update(self.fused(block))
-            elif self.settings.every(SELF) > 1:
-                made[block.module] = self.entered(block)
+                continue
+            made[block.module] = self.entered(block)
+            if self.settings.every(SELF) > 1 and not block.joint.fused:
                 for i, paths in enumerate(block.joint.feeding):
-                    if not block.joint.fused:
-                        made.update(
-                            {m: self.feeding(block, i, m) for p in paths if (m := at(block.module, p)) is not None}
-                        )
+                    parts = [part for path in paths if (part := at(block.module, path)) is not None]
+                    made.update({part: self.feeding(block, i, part) for part in parts})
         return made
 
     def sized(self) -> dict[nn.Module, Callable]:
@@ -111,11 +113,17 @@ class _Pass:
             def compute(given):
                 return original(given, *args[1:], **kwargs) if args else original(**kwargs)
 
-            out, computed = self.session.run_layer(layer, self.branches, compute, x)
+            out, computed = self.run(layer, compute, x)
             self.count(layer, module, x, args, kwargs, computed)
             return out
 
         return forward
+
+    def run(self, layer: Layer, compute: Callable, x: torch.Tensor):
+        """What the layer returns, and the share of its work that was computed."""
+        if self.settings.every(layer.kind) == 1:
+            return compute(x), 1.0
+        return self.session.run_layer(layer, self.branches, compute, x)
 
     def count(self, layer: Layer, module: nn.Module, x: torch.Tensor, args, kwargs, computed: float) -> None:
         other = kwargs.get("encoder_hidden_states")
@@ -147,7 +155,7 @@ class _Pass:
             return compute()
         i, self.calls = self.calls, self.calls + 1
         q = args[0]
-        out, computed = self.session.run_layer(_attention(block, i), self.branches, compute, q)
+        out, computed = self.run(_attention(block, i), compute, q)
         self.count_attention(block, i, q, out, computed)
         return out
 

@@ -62,9 +62,9 @@ def size_of(name):
     return 40 if name == "pixart" else 8  # its positions divide by a size in units of 64
 
 
-def sample(model, name, steps=6, **options):
+def sample(model, name, steps=6, size=None, **options):
     wide = {"unet": {}, "sdxl": {"pooled": 1280}}.get(name, {"width": 32, "pooled": 32})
-    x = M.latent(1, 4 if name in ("unet", "sdxl", "pixart") else 16, size_of(name))
+    x = M.latent(1, 4 if name in ("unet", "sdxl", "pixart") else 16, size or size_of(name))
     if name in VIDEO:
         x = x[:, :, None]
     if name == "ltxv":
@@ -251,6 +251,22 @@ def test_the_work_of_a_unet_is_what_its_layers_multiply(settings):
     assert abs(unet_work(network, (2, 4, 8, 8), 8) / whole - 1) < 0.02
     share = flops(2, on) / flops(2, model)
     assert share < 0.95 and abs(last(on).work - share) < 0.01
+
+
+@pytest.mark.parametrize("settings", [FORA(interval=2, **EVERY_OTHER), TokenCache(interval=2, ratio=0.25, **EVERY_OTHER),
+                                      PAB(spatial=2, start_percent=0.0, end_percent=1.0, **EVERY_OTHER)], ids=lambda s: s.id)  # fmt: skip
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "qwen"])
+def test_the_work_of_a_transformer_is_what_its_layers_multiply(settings, name):
+    """Embeddings and modulations are not counted; of small networks they are a few percent."""
+
+    def flops(model):
+        with FlopCounterMode(display=False) as counter:
+            sample(model, name, steps=2, size=16, cfg=1.0)
+        return counter.get_total_flops()
+
+    on = attach.attach(model_of(name), settings)
+    share = flops(on) / flops(model_of(name))
+    assert share < 0.95 and abs(last(on).work - share) < 0.06
 
 
 def test_what_another_pack_replaces_is_computed():
