@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import comfy.model_sampling
@@ -135,3 +135,17 @@ def _function(solver: Solver):
 def distinct(times: list[float]) -> list[float]:
     """``times`` without immediate repetitions: a step of length zero is no step."""
     return [t for i, t in enumerate(times) if i == 0 or t != times[i - 1]]
+
+
+def visitor(visit: Callable[[Problem, torch.Tensor], None]):
+    """A SAMPLER that takes no step: it hands ``visit`` the problem ComfyUI poses and the noised start, and returns that.
+
+    For what runs many solvers on one problem, such as calibrations.
+    """
+
+    @torch.no_grad()
+    def sample_visit(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        visit(_problem(model, extra_args or {}), x)
+        return x
+
+    return comfy.samplers.KSAMPLER(sample_visit)

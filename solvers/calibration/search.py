@@ -1,0 +1,224 @@
+"""The searches: starts compared, the best ones improved, the winner chosen on samples that no fit has seen."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..process import ForwardProcess
+from ..solver import Solver
+from .cohort import Cohort, Running
+from .curve import Curve
+from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan
+from .fitted import FittedSolver, midpoint
+from .least_squares import sequential
+from .levenberg import refine
+from .losses import LOSSES, Loss
+from .teacher import Trajectories, converge, teach
+
+CLIMBS = 3
+"""How many starts are improved."""
+
+RESUMED = "resumed"
+
+
+class Trial(NamedTuple):
+    """One point of the curve: network calls so far, loss on the samples of the fit and on those that select."""
+
+    calls: int
+    fit: float
+    select: float
+    label: str
+
+
+class Ascent(NamedTuple):
+    """Where an improvement begins."""
+
+    label: str
+    family: Family
+    theta: np.ndarray
+
+
+@dataclass
+class Search(ABC):
+    """Common to all: teacher, starts, improvement, report. ``run`` yields after every visit of the network.
+
+    Whoever iterates may stop at any yield; ``close`` then still measures what was found, ``release`` forgets the teacher.
+
+    fit, select, report: three sets of samples. ``best`` is at every moment the candidate with the least loss on ``select``; no
+    start is better there. ``base`` is the best start. resumed: what an earlier search found, to go on from. left: the share of
+    the budget that is left, 1 to 0; half of it goes to the first improvement, half of the rest to the next.
+    """
+
+    process: ForwardProcess
+    fit: Cohort
+    select: Cohort
+    report: Cohort
+    starts: Mapping[str, Plan]
+    resumed: Plan | None = None
+    loss: Loss = LOSSES["rms"]
+    left: Callable[[], float] = lambda: 1.0
+    stage: str = "teacher"
+    trials: list[Trial] = field(default_factory=list)
+    best: Plan | None = None
+    base: Plan | None = None
+    base_label: str = ""
+    teacher_steps: int = 0
+    teacher_error: float = 0.0
+    before: torch.Tensor | None = None
+    after: torch.Tensor | None = None
+
+    @abstractmethod
+    def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
+        """Where to improve from, given starts, best first; None while something is being prepared."""
+
+    def teach(self) -> Running:
+        """Gives ``fit`` its targets."""
+        return (yield from teach(self.fit, self.process, self.teacher_steps))
+
+    @property
+    def calls(self) -> int:
+        return self.fit.calls + self.select.calls + self.report.calls
+
+    def run(self) -> Generator[None, None, None]:
+        """All of it."""
+        first = next(iter(self.starts.values()))
+        self.teacher_steps, self.teacher_error = yield from converge(self.fit, self.process, first)
+        yield from self.teach()
+        yield from teach(self.select, self.process, self.teacher_steps)
+        self.stage = "starts"
+        ranked = yield from self._rank()
+        self.stage = "search"
+        yield from self._climb(ranked)
+        yield from self.close()
+
+    def close(self) -> Generator[None, None, None]:
+        """The losses on samples kept aside: all that is left to do when the time is up."""
+        self.stage = "report"
+        if self.best is None or self.base is None:
+            return
+        yield from teach(self.report, self.process, self.teacher_steps)
+        self.before = yield from self.report.errors(self.base)
+        self.after = self.before if self.best is self.base else (yield from self.report.errors(self.best))
+
+    def release(self) -> None:
+        """Frees what the teacher keeps."""
+
+    def _rank(self) -> Running:
+        """The starts, best first; what is resumed before all."""
+        losses = {}
+        for name, plan in self.starts.items():
+            losses[name] = self.loss((yield from self.fit.errors(plan)))
+            yield from self._consider(plan, losses[name], name)
+            if self.best is plan:
+                self.base, self.base_label = plan, name
+        ranked = {name: self.starts[name] for name in sorted(losses, key=losses.__getitem__)[:CLIMBS]}
+        if self.resumed is None:
+            return ranked
+        yield from self._consider(self.resumed, self.loss((yield from self.fit.errors(self.resumed))), RESUMED)
+        return {RESUMED: self.resumed, **ranked}
+
+    def _climb(self, ranked: dict[str, Plan]) -> Generator[None, None, None]:
+        if not self._worthwhile():
+            return
+        unfinished: list[tuple[str, Any]] = []
+        budget = self.left()
+        for ascent in self.ascents(ranked):
+            yield
+            if ascent is None:
+                continue
+            budget /= 2.0
+            climb = refine(self.fit, ascent.family, ascent.theta, self.loss)
+            if not (yield from self._follow(ascent.label, climb, budget)):
+                unfinished.append((ascent.label, climb))
+        for label, climb in unfinished:
+            yield from self._follow(label, climb, 0.0)
+
+    def _follow(self, label: str, climb: Any, budget: float) -> Running:
+        """Whether it ended by itself."""
+        for found in climb:
+            if found is not None:
+                yield from self._consider(found.plan, found.loss, label)
+            yield
+            if self.left() < budget:
+                return False
+        return True
+
+    def _consider(self, plan: Plan, loss: float, label: str) -> Generator[None, None, None]:
+        select = self.loss((yield from self.select.errors(plan)))
+        if self.best is None or select < min(trial.select for trial in self.trials):
+            self.best = plan
+        self.trials.append(Trial(self.calls, loss, select, label))
+
+    def _worthwhile(self) -> bool:
+        """False where the best start is the teacher to rounding already, as with data of one point."""
+        targets = torch.cat(self.fit.targets)
+        apart = self.loss.of(torch.tensor(10.0 * torch.finfo(targets.dtype).eps) * targets.square().mean().sqrt())
+        return min(trial.fit for trial in self.trials) > float(apart)
+
+
+@dataclass
+class ScheduleSearch(Search):
+    """The schedule of a given solver."""
+
+    solver: Solver = field(default_factory=FittedSolver)
+
+    def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
+        for name, plan in plans.items():
+            family = Schedules(self.solver, curve_of(self.process, plan))
+            yield Ascent(name, family, family.theta(plan.times))
+
+
+@dataclass
+class SolverSearch(Search):
+    """The weights of a fitted solver, with its schedule (``joint``), or on each start's own.
+
+    memory: how many predictions a step mixes. folder: for the teacher's states, if they are large. From every schedule there are
+    two ways: from DPM-Solver++ 2M's weights, and from those of ``sequential``; each may end in another minimum.
+    """
+
+    memory: int = 3
+    joint: bool = True
+    folder: str = ""
+    samples: int = 0
+    shape: tuple[int, ...] = ()
+    trajectories: Trajectories | None = None
+
+    def teach(self) -> Running:
+        self.trajectories = Trajectories(self.process, self.teacher_steps, self.samples, self.shape, self.folder)
+        yield from self.trajectories.teach(self.fit)
+
+    def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
+        assert self.trajectories is not None
+        for name, plan in plans.items():
+            curve, times = curve_of(self.process, plan), plan.times
+            if self.joint:
+                times = curve.times(curve.levels(curve.logits(times)))
+            family = Joint(curve, self.memory) if self.joint else Weights(tuple(times), self.memory)
+            if isinstance(plan.solver, FittedSolver) and plan.solver.weights:
+                ways = {"": plan.solver.weights}
+            else:
+                fitted = yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at)
+                plain = [midpoint(self.process, times[: i + 1], t) for i, t in enumerate(times[1:])]
+                ways = {", fitted": fitted, ", 2M": plain}
+            losses = {}
+            for way, rows in ways.items():
+                losses[way] = self.loss((yield from self.fit.errors(fitted_plan(times, rows))))
+            for way in sorted(losses, key=losses.__getitem__):
+                theta = family.theta(times, ways[way]) if isinstance(family, Joint) else family.theta(ways[way])
+                yield Ascent(name + way, family, theta)
+
+    def release(self) -> None:
+        if self.trajectories is not None:
+            self.trajectories.close()
+            self.trajectories = None
+
+
+def curve_of(process: ForwardProcess, plan: Plan) -> Curve:
+    """All schedules from the same start in as many steps."""
+    return Curve(process, plan.times[0], process.t_min, len(plan.times) - 1)

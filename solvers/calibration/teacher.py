@@ -1,0 +1,104 @@
+"""The teacher: a run with so many steps that its end is the solution, and how that is known."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import torch
+
+from ..exponential import DPMSolverPP
+from ..process import ForwardProcess
+from ..schedules import ExponentialSchedule
+from ..solver import Problem
+from .cohort import Cohort, Running, track
+from .families import Plan
+from .states import States
+
+STEPS, MOST, SHARE = 40, 640, 0.1
+
+
+def lesson(process: ForwardProcess, steps: int) -> Plan:
+    """The teacher's run: third order, uniform in log-SNR."""
+    times = ExponentialSchedule()(process, process.t_max, process.t_min, steps)
+    return Plan(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"), times.tolist())
+
+
+def converge(cohort: Cohort, process: ForwardProcess, student: Plan) -> Running:
+    """How many steps the teacher needs, and its error then, an upper bound.
+
+    They are doubled until that changes the end, on the first batch, by no more than SHARE of what the student is off, which is
+    the error that is going to be made smaller.
+    """
+    few, steps = Cohort(cohort.batches[:1]), STEPS
+    made = (yield from few.ends(student))[0]
+    coarse = (yield from few.ends(lesson(process, STEPS // 2)))[0]
+    while True:
+        fine = (yield from few.ends(lesson(process, steps)))[0]
+        change, off = (float((fine - x).flatten(1).square().mean(1).sqrt().mean()) for x in (coarse, made))
+        if change <= SHARE * off or 2 * steps > MOST:
+            cohort.calls += few.calls
+            return steps, change
+        steps, coarse = 2 * steps, fine
+
+
+def teach(cohort: Cohort, process: ForwardProcess, steps: int) -> Running:
+    """Gives the cohort its targets."""
+    cohort.targets = yield from cohort.ends(lesson(process, steps))
+
+
+class Trajectories:
+    """The teacher's states of a cohort, at any time.
+
+    Kept are x and dx / dlog sigma = x - D at the teacher's own steps; between them x is the cubic with these values and slopes,
+    in log sigma, where the equation has this form for all models.
+    """
+
+    def __init__(self, process: ForwardProcess, steps: int, samples: int, shape: Sequence[int], folder: str):
+        self.plan = lesson(process, steps)
+        self.x, self.slope = (States(steps, samples, shape, folder) for _ in range(2))
+
+    @property
+    def nbytes(self) -> int:
+        return self.x.nbytes + self.slope.nbytes
+
+    def teach(self, cohort: Cohort) -> Running:
+        """Stores the cohort's, and gives it its targets."""
+        cohort.targets, at = [], 0
+        for batch in cohort.batches:
+
+            def visit(problem: Problem, x: torch.Tensor, at=at) -> torch.Tensor:
+                seen: list[torch.Tensor] = []
+
+                def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+                    x0 = problem.denoise(x, t)
+                    self.x.put(len(seen), at, x)
+                    self.slope.put(len(seen), at, x - x0)
+                    seen.append(x[:0])
+                    return x0
+
+                return track(Problem(denoise, problem.process), self.plan, x)[-1].x.cpu()
+
+            cohort.targets.append(cohort.visit(batch, visit))
+            at += len(cohort.targets[-1])
+            yield
+
+    def at(self, t: float, sample: int, count: int) -> torch.Tensor:
+        """x at time t of some samples."""
+        times = self.plan.times[:-1]
+        i = min(max(bisect_right([-time for time in times], -t) - 1, 0), len(times) - 2)
+        a, b = math.log(times[i]), math.log(times[i + 1])
+        u, h = (math.log(t) - a) / (b - a), b - a
+        x0, x1 = (self.x.get(level, sample, count) for level in (i, i + 1))
+        m0, m1 = (self.slope.get(level, sample, count) for level in (i, i + 1))
+        return (
+            x0 * ((1 + 2 * u) * (1 - u) ** 2)
+            + x1 * (u * u * (3 - 2 * u))
+            + m0 * (h * u * (1 - u) ** 2)
+            - m1 * (h * u * u * (1 - u))
+        )
+
+    def close(self) -> None:
+        self.x.close()
+        self.slope.close()
