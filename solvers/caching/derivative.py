@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from .accelerator import Accelerator, Answering, Plan, Run
-from .forecast import Weights, bounded, reuse
+from .forecast import Weights
 from .store import BranchStore
 from .tracker import Position
 
@@ -102,12 +102,12 @@ class DerivativeSession(Answering):
         """``value``'s inverse: the prediction that belongs to it at ``x``."""
         return (x - t * value if self.domain == "d" else value).to(x.dtype)
 
-    def foreseen(self, x: torch.Tensor, t: float, weights: Weights) -> torch.Tensor | None:
-        """The value at t by ``weights``, the newest one for samples where that grows beyond reason; None without anchors."""
+    def foreseen(self, x: torch.Tensor, t: float, weights: Weights) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The newest value and the step from it to where ``weights`` see it at t; None without anchors."""
         key, at = self.key(x), self.coordinate(t)
-        newest = self.store.forecast(key, at, reuse, x.device)
+        newest = self.store.get(key, x.device)
         found = self.store.forecast(key, at, weights, x.device)
-        return None if newest is None or found is None else bounded(found, newest)
+        return None if newest is None or found is None else (newest, found - newest)
 
     def flush(self) -> None:
         super().flush()

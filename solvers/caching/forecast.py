@@ -121,6 +121,40 @@ def chebyshev(degree: int, ends: tuple[float, float], ridge: float = 0.1, blend:
     return weights
 
 
+class Gain:
+    """How much of a forecast's step from the newest value was right, per sample: gamma in [0, 1], measured as it goes.
+
+    A step s = f - F_0 towards a value that turned out to be F is best scaled by <s, F - F_0> / <s, s>; gamma is the mean of
+    these, each older one counting half, and of ``prior``, which counts twice. Stays on the device.
+    """
+
+    def __init__(self, prior: float, adapt: bool = True):
+        self.prior, self.adapt = prior, adapt
+        self.clear()
+
+    def clear(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._count = 0.0
+
+    def learn(self, step: torch.Tensor, truth: torch.Tensor) -> None:
+        """A step was forecast, and ``truth`` is what it should have been."""
+        if not self.adapt:
+            return
+        s, f = step.flatten(1), truth.flatten(1)
+        square = s.square().sum(1)
+        best = torch.where(square > 0.0, (s * f).sum(1) / square, self.prior)
+        same = self._sum is not None and self._sum.shape == best.shape and self._sum.device == best.device
+        self._sum = best + 0.5 * self._sum if same else best
+        self._count = 1.0 + 0.5 * self._count if same else 1.0
+
+    def scale(self, step: torch.Tensor) -> torch.Tensor:
+        """The part of ``step`` to go."""
+        if self._sum is None or len(self._sum) != len(step):
+            return step * self.prior
+        gamma = (self._sum + 2.0 * self.prior) / (self._count + 2.0)
+        return step * gamma.clamp(0.0, 1.0).view(-1, *[1] * (step.ndim - 1))
+
+
 def bounded(forecast: torch.Tensor, newest: torch.Tensor, ratio: float = 1.5) -> torch.Tensor:
     """``forecast``, but ``newest`` for every sample where its norm is more than ``ratio`` times larger or not a number."""
     norm, most = forecast.flatten(1).norm(dim=1), ratio * newest.flatten(1).norm(dim=1)

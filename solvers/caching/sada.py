@@ -13,7 +13,7 @@ from ..weights import lagrange as polynomial
 from .accelerator import Run
 from .declared import END, START, TAIL, WARMUP
 from .derivative import WholeCalls
-from .forecast import combine, distinct, lagrange
+from .forecast import bounded, combine, distinct, lagrange
 from .gated import GatedSession, Newest
 
 PUBLISHED = (-3 / 8, 6 / 8, 5 / 8)
@@ -30,9 +30,9 @@ class SADA(WholeCalls):
         x^_t = x_s + integral of the parabola through f_0, f_1, f_2     (corrected),
 
     the call at t is left out if the mean of (x_t - x^_t) (f_0 - 2 f_1 + f_2) is not positive: the curve bends back. Then
-    D = x^_t - t f_0 (published), or D = x_t - t f with f on the line through the last two full calls (corrected). From ``middle`` on
-    every ``lagrange_int``-th step is computed, and D between them is the polynomial in the step through the last
-    ``lagrange_term`` computed ones.
+    D = x^_t - t f_0 (published), or D = x_t - t f with f on the line through the last two full calls (corrected). From
+    ``middle`` on every ``lagrange_int``-th step is computed, and D between them is the polynomial in the step through the
+    last ``lagrange_term`` computed ones.
 
     The published weights are no quadrature of order two: they come to f_0 - 3/8 (f_0 - 2 f_1 + f_2), so after a step of Euler
     the mean is 3/8 h |f_0 - 2 f_1 + f_2|^2, h negative, never positive: the test always passes, and only ``max_interval`` ends a
@@ -119,8 +119,8 @@ class SADASession(GatedSession):
         elif self.settings.coefficients == "published" and self.predicted is not None:
             x0 = self.denoised(self.predicted, t, self.f.kept[-1])
         else:
-            f = self.foreseen(x, t, lagrange(1))
-            x0 = self.denoised(x, t, self.f.kept[-1] if f is None else f)
+            seen = self.foreseen(x, t, lagrange(1))
+            x0 = self.denoised(x, t, self.f.kept[-1] if seen is None else bounded(sum(seen), seen[0]))
         self.keep(x, t, x0)
         return x0
 

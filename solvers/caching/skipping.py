@@ -52,7 +52,11 @@ class Spaced(Policy):
 
 
 class Verified(Policy):
-    """Until the costs of the forecasts since the last full call, judged by its own, reach ``tol``; at most ``most`` calls."""
+    """Until the cost of the forecasts since the last full call reaches ``tol``.
+
+    The cost is judged by what this call's own forecast would have been worth, and by how much worse that was than at the full
+    call before: the curve may be about to bend. For the same reason a gap is at most one longer than the one before.
+    """
 
     learns: ClassVar[bool] = True
 
@@ -63,18 +67,20 @@ class Verified(Policy):
     def full(self, session: StepForecastSession, t: float) -> bool:
         if session.skipped == 0:
             self.spent = 0.0
-        if session.skipped >= self.most:
-            return True
         cost = self.rate * session.distance(t) * (t - session.ending())
         # A NaN compares as false: full.
-        if not self.spent + cost < self.tol:
+        if session.skipped >= min(self.most, self.gap + 1) or not self.spent + cost < self.tol:
+            self.gap = session.skipped
             return True
         self.spent += cost
         return False
 
     def learn(self, error: float, distance: float) -> None:
-        self.rate = error / distance
+        now = error / distance
+        worse = now / self.last if 0.0 < self.last < now else 1.0
+        self.rate, self.last = now * worse, now
 
     def forget(self) -> None:
         self.rate = math.inf
-        self.spent = 0.0
+        self.spent = self.last = 0.0
+        self.gap = 0

@@ -12,7 +12,7 @@ from ..method import param
 from .accelerator import Plan, Run
 from .declared import END, START, TAIL, WARMUP
 from .derivative import DerivativeSession, WholeCalls, mean_square
-from .forecast import Weights, chebyshev, damped, lagrange, taylor
+from .forecast import Gain, Weights, bounded, chebyshev, lagrange, taylor
 from .skipping import Planned, Policy, Spaced, Verified
 
 MODES = ("verify", "budget", "interval", "growing", "schedule")
@@ -69,7 +69,7 @@ class StepForecast(WholeCalls):
         options=MODES,
     )
     tol: float = param(
-        0.03, "How far the picture may stray between two full calls, for verify; more is faster.",
+        0.05, "How far the picture may stray between two full calls, for verify; more is faster.",
         min=0.0, max=1.0, step=0.001,
     )  # fmt: skip
     share: float = param(0.5, "The share of the steps that is computed, for budget.", min=0.05, max=1.0, step=0.01)
@@ -80,11 +80,14 @@ class StepForecast(WholeCalls):
                        min=0, max=6, advanced=True)  # fmt: skip
     gain: float = param(
         0.6,
-        "How far to follow the forecast; less is safer, 0 repeats the last value.",
+        "How far to follow the forecast at first; less is safer, 0 repeats the last value.",
         min=0.0,
         max=1.0,
         step=0.05,
         advanced=True,
+    )
+    adapt: bool = param(
+        True, "Measure on the way how far to follow the forecast; off: gain stays as it is.", advanced=True
     )
     forecast: str = param(
         "polynomial", "The kind of forecast. taylor and chebyshev are there to compare with TaylorSeer and Spectrum.",
@@ -148,7 +151,7 @@ class StepForecast(WholeCalls):
                 self.order, (session.coordinate(run.times[0]), session.coordinate(run.times[-2]))
             ),
         }
-        return damped(kinds[self.forecast](), self.gain)
+        return kinds[self.forecast]()
 
     def start(self, run: Run) -> StepForecastSession:
         return StepForecastSession(self, run)
@@ -170,6 +173,7 @@ class StepForecastSession(DerivativeSession):
             )
         else:
             self.policy = Planned(settings.full_steps(run.steps))
+        self.gain = Gain(settings.gain, settings.adapt)
         self.weights = settings.weights(self, run) if run.steps else lagrange(0)
 
     def coordinate(self, t: float) -> float:
@@ -184,19 +188,26 @@ class StepForecastSession(DerivativeSession):
         return Plan.SKIP
 
     def answer(self, x: torch.Tensor, t: float) -> torch.Tensor | None:
-        value = self.foreseen(x, t, self.weights)
-        if value is None:
+        seen = self.foreseen(x, t, self.weights)
+        if seen is None:
             return None
         self.skipped += 1
-        return self.denoised(x, t, value)
+        return self.denoised(x, t, self.value_of(*seen))
+
+    def value_of(self, newest: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        """Part of the step from the newest value; none for samples where it would grow beyond reason."""
+        return bounded(newest + self.gain.scale(step), newest)
 
     def learn(self, x: torch.Tensor, t: float, x0: torch.Tensor) -> None:
-        if self.policy.learns and (forecast := self.foreseen(x, t, self.weights)) is not None:
-            off = forecast - self.value(x, t, x0)
+        value, seen = self.value(x, t, x0), self.foreseen(x, t, self.weights)
+        if seen is not None and self.policy.learns:
+            off = self.value_of(*seen) - value
             wrong, size = mean_square(off if self.domain == "d" else off / t, x)
             errors = [(e / max(s, 1e-20)) ** 0.5 for e, s in zip(wrong, size, strict=True)]
             # max() would pass over a NaN that does not come first.
             self.policy.learn(math.nan if any(map(math.isnan, errors)) else max(errors), self.distance(t))
+        if seen is not None and self.store.has(self.key(x), 2):
+            self.gain.learn(seen[1], value - seen[0])
         super().learn(x, t, x0)
 
     def distance(self, t: float) -> float:
@@ -212,3 +223,4 @@ class StepForecastSession(DerivativeSession):
     def flush(self) -> None:
         super().flush()
         self.policy.forget()
+        self.gain.clear()
