@@ -16,7 +16,7 @@ from ...solvers.caching.block_cache import BlockCache, BlockSession, sampled
 from ...solvers.caching.work_dit import Work
 from ..fingerprint import fingerprint
 from .branches import branch_names, with_hooks
-from .families import Chain, Streams, chain, joined
+from .families import Chain, Left, Streams, chain, joined
 from .scoped import scoped
 
 
@@ -36,6 +36,7 @@ def blocks(model, settings: BlockCache, key: str, forward_key: str) -> dict[str,
         names = branch_names(x, options)
         if session is None or session.plan in (None, Plan.PLAIN) or not names:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        session.sees(tuple(x.shape[1:]))
         # Passes of skip-layer guidance and the like differ in the blocks that they replace.
         replaced = frozenset(options.get("patches_replace", {}).get("dit", {}))
         network = executor.class_obj.diffusion_model  # with several GPUs every thread has its own
@@ -61,14 +62,14 @@ class Walk:
     def __init__(self, chain: Chain, session: BlockSession, branches: Sequence[Hashable]):
         self.chain, self.session, self.branches = chain, session, branches
         self.span = session.span(len(chain))
-        self.watched: torch.Tensor | None = None
+        self.watched = torch.empty(0)
         self.tokens = 0
         """Of the picture, in the first block."""
         self.keys: list[Hashable] = []
         self.shapes: tuple[tuple[int, ...], ...] = ()
         self.entered: Streams | None = None
         """Copies of what entered the span, of a pass that computes it."""
-        self.left: Streams | None = None
+        self.left: Left | None = None
         """What leaves the span, of a pass that hits."""
 
     def gates(self) -> dict[nn.Module, Callable]:
@@ -89,7 +90,7 @@ class Walk:
             return layout.pack(self.left if i == end - 1 else layout.streams(args, kwargs))
         out = compute(*args, **kwargs)
         if i == end - 1 and self.entered is not None:
-            self._leave(layout.unpack(out))
+            self._leave(self.entered, layout.unpack(out))
         return out
 
     def _watch(self, block: nn.Module, args, kwargs) -> torch.Tensor:
@@ -100,6 +101,8 @@ class Walk:
         return sampled(picture if found is None else self._rows(found))
 
     def _enter(self, streams: Streams) -> None:
+        if self.session.watches and not self.tokens:
+            return  # skip-layer guidance has left out block 0
         if self.session.watches == "change":
             # Where the lists of blocks change, the text comes first in the stream.
             self.watched = sampled(self._rows(streams[-1])[:, -self.tokens :]) - self.watched
@@ -114,10 +117,10 @@ class Walk:
         else:
             self.left = self._added(self._met(streams), residual)
 
-    def _leave(self, streams: Streams) -> None:
+    def _leave(self, entered: Streams, streams: Left) -> None:
         parts = [
             self._rows(after - before).flatten(1)
-            for after, before in zip(streams, self._met(self.entered), strict=True)
+            for after, before in zip(streams, self._met(entered), strict=True)
             if after is not None
         ]
         self.entered = None
@@ -129,7 +132,7 @@ class Walk:
         same = len(self.chain.layouts[first].takes) == len(self.chain.layouts[end - 1].takes)
         return streams if same else joined(streams)
 
-    def _added(self, streams: Streams, residual: torch.Tensor) -> Streams:
+    def _added(self, streams: Streams, residual: torch.Tensor) -> Left:
         sizes = [self._rows(s)[0].numel() for s in streams]
         if residual.shape[1] == sizes[-1]:  # a last block returns no text
             return (*(None for _ in streams[:-1]), self._sum(streams[-1], residual))
@@ -157,7 +160,8 @@ def _check(model, settings: BlockCache, found: Chain, network: nn.Module) -> Non
             f"{settings.title}: this polynomial was made for {settings.made_for}, and the model is {found.family.name}."
         )
     if settings.profile is not None:
-        wrong = mismatches(settings.profile.source, model=fingerprint(model))
+        source = settings.profile.source
+        wrong = source is not None and mismatches(source, model=fingerprint(model))
         if wrong or (settings.profile.network, settings.profile.blocks) != (type(network).__name__, len(found)):
             raise ValueError(
                 f"{settings.title}: the calibration was made with another model; calibrate this one, or choose its file."

@@ -14,7 +14,9 @@ import comfy.ldm.common_dit
 import torch
 from torch import nn
 
-Streams = tuple[torch.Tensor | None, ...]
+Streams = tuple[torch.Tensor, ...]
+Left = tuple[torch.Tensor | None, ...]
+"""What a block returned: SD 3's last one returns no text."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,12 @@ class Layout:
     def streams(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Streams:
         return tuple(kwargs[name] if name in kwargs else args[place] for place, name in self.takes)
 
-    def unpack(self, out: Any) -> Streams:
+    def unpack(self, out: Any) -> Left:
         """What a block returned, in the order of ``takes``."""
         values = out if len(self.gives) > 1 else (out,)
         return tuple(values[self.gives.index(i)] for i in range(len(self.takes)))
 
-    def pack(self, streams: Streams) -> Any:
+    def pack(self, streams: Left) -> Any:
         """What a block returns."""
         return tuple(streams[i] for i in self.gives) if len(self.gives) > 1 else streams[0]
 
@@ -175,6 +177,7 @@ FAMILIES: dict[str, Family] = {
     "chroma.model.Chroma": Family("Chroma", _FLUX),
     "modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": Family("SD 3", {"joint_blocks": _JOINT}),
     "wan.model.WanModel": _WAN,
+    "wan.model.VaceWanModel": _WAN,
     "lumina.model.NextDiT": _LUMINA,
     "qwen_image.model.QwenImageTransformer2DModel": Family("Qwen-Image", {"transformer_blocks": _QWEN}),
     "lightricks.model.LTXVModel": Family(

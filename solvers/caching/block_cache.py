@@ -73,6 +73,11 @@ class BlockCache(Accelerator):
 
     @property
     @abstractmethod
+    def most(self) -> int:
+        """How many calls in a row may hit; 0 where none may."""
+
+    @property
+    @abstractmethod
     def degree(self) -> int:
         """Of the forecast of R; 0 reuses it as it is."""
 
@@ -99,7 +104,8 @@ class BlockSession(Session):
     """
 
     watches: ClassVar[str] = ""
-    """What the host shows before a decision: "change" = h_a - h_0, "modulated" = the first block's modulated input, "" nothing."""
+    """What the host shows before a decision: "change", h_a - h_0; "modulated", the first block's modulated input; "", nothing,
+    as an empty tensor."""
 
     def __init__(self, settings: BlockCache, run: Run):
         super().__init__(run)
@@ -116,22 +122,17 @@ class BlockSession(Session):
         early = position.call < self.settings.warmup
         needed = position.call >= self.settings.warmup - self.store.anchors
         if (
-            self.most < 1
+            self.settings.most < 1
             or not self.active(t)
             or self.guarded(position, 0, self.settings.tail)
             or (early and not needed)
         ):
             self.hits = 0
             return Plan.PLAIN
-        if early or self.hits >= self.most or not self.wanted(t):
+        if early or self.hits >= self.settings.most or not self.wanted(t):
             self.hits = 0
             return Plan.FULL
         return Plan.PARTIAL
-
-    @property
-    def most(self) -> int:
-        """How many calls in a row may hit; 0 where none may."""
-        return self.settings.max_consecutive
 
     def wanted(self, t: float) -> bool:
         """Whether the call may hit, as far as time alone says. Asked once per call, in their order."""
@@ -141,7 +142,7 @@ class BlockSession(Session):
         """Blocks a ... b - 1 of ``blocks`` that this call leaves out, or whose residual it keeps."""
         return self.settings.spans(blocks)[0]
 
-    def hit(self, keys: Sequence[Hashable], watched: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    def hit(self, keys: Sequence[Hashable], watched: torch.Tensor, device: torch.device) -> torch.Tensor | None:
         """R for a pass over the branches ``keys``, on ``device``; None: compute the span.
 
         watched: what ``watches`` names, of the same pass.
@@ -153,13 +154,22 @@ class BlockSession(Session):
             self.hits = self.hits + 1 if self.verdict else 0
         return self.store.forecast(keys, self.run.coordinate(self.t), self.weights, device) if self.verdict else None
 
-    def judge(self, keys: Sequence[Hashable], watched: torch.Tensor | None) -> bool:
+    def judge(self, keys: Sequence[Hashable], watched: torch.Tensor) -> bool:
         """Whether this call hits; asked once per call at most."""
         return True
 
-    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor | None) -> None:
+    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor) -> None:
         """R of a pass over ``keys`` that was computed."""
         self.store.put(keys, residual, self.run.coordinate(self.t))
+
+    def sees(self, shape: tuple[int, ...]) -> None:
+        """The latent's shape in a pass; said where a calibration was made for another one."""
+        profile = self.settings.profile
+        if profile is not None and profile.source is not None and not self.notes:
+            said = mismatches(profile.source, shape=shape)
+            self.notes += (
+                [f"{self.settings.title}: the calibration may not fit. {said[0]}".removesuffix(".")] if said else []
+            )
 
     def flush(self) -> None:
         self.hits = 0

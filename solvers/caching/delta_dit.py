@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from ..method import param
 from .accelerator import Run
-from .block_cache import BlockCache
+from .block_cache import BlockCache, BlockSession
 from .declared import CACHE_DEVICE, CACHE_MB, END, START, TAIL, WARMUP
-from .taylorseer import IntervalSession
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,10 @@ class DeltaDiT(BlockCache):
     cache_device: str = CACHE_DEVICE()
 
     @property
+    def most(self) -> int:
+        return self.interval - 1
+
+    @property
     def degree(self) -> int:
         return self.forecast_order
 
@@ -70,9 +73,12 @@ class DeltaDiT(BlockCache):
         return DeltaSession(self, run)
 
 
-class DeltaSession(IntervalSession):
-    """Changes the span at the step b."""
+class DeltaSession(BlockSession):
+    """Changes the span at the step b. No device sync."""
+
+    def __init__(self, settings: DeltaDiT, run: Run):
+        super().__init__(settings, run)
+        self.switch = settings.b * self.tracker.steps
 
     def span(self, blocks: int) -> tuple[int, int]:
-        late = self.step >= self.settings.b * self.tracker.steps
-        return self.settings.spans(blocks)[-1 if late else 0]
+        return self.settings.spans(blocks)[-1 if self.step >= self.switch else 0]

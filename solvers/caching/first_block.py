@@ -62,6 +62,10 @@ class FirstBlockCache(BlockCache):
     cache_device: str = CACHE_DEVICE()
 
     @property
+    def most(self) -> int:
+        return self.max_consecutive if self.threshold > 0 else 0
+
+    @property
     def degree(self) -> int:
         return self.forecast_order
 
@@ -117,6 +121,10 @@ class DBCache(BlockCache):
     cache_device: str = CACHE_DEVICE()
 
     @property
+    def most(self) -> int:
+        return self.max_consecutive if self.threshold > 0 else 0
+
+    @property
     def degree(self) -> int:
         return self.forecast_order
 
@@ -142,16 +150,16 @@ class ChangeSession(BlockSession):
 
     watches: ClassVar[str] = "change"
 
-    @property
-    def most(self) -> int:
-        return self.settings.max_consecutive if self.settings.threshold > 0 else 0
+    def __init__(self, settings: FirstBlockCache | DBCache, run: Run):
+        super().__init__(settings, run)
+        self.threshold = settings.threshold
 
-    def judge(self, keys: Sequence[Hashable], watched: torch.Tensor | None) -> bool:
+    def judge(self, keys: Sequence[Hashable], watched: torch.Tensor) -> bool:
         last = self.store.get(_front(keys), watched.device)
         # A comparison with NaN is false.
-        return last is not None and bool(change(watched, last) < self.settings.threshold)
+        return last is not None and bool(change(watched, last) < self.threshold)
 
-    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor | None) -> None:
+    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor) -> None:
         super().keep(keys, residual, watched)
         self.store.put(_front(keys), watched)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -72,8 +72,16 @@ class MagCache(BlockCache):
         return None if self.calibration is None else BlockProfile.of(self.calibration)
 
     @property
+    def most(self) -> int:
+        return self.K if self.threshold > 0 else 0
+
+    @property
     def degree(self) -> int:
         return 0
+
+    def growth(self) -> Callable[[float, float], float]:
+        """|R(end)| / |R(start)| between two half log-SNRs, start and end."""
+        return (lambda start, end: 1.0) if self.profile is None else self.profile.growth
 
     def off(self, run: Run) -> str | None:
         return super().off(run) or ("it has no calibration" if self.profile is None else None)
@@ -87,14 +95,10 @@ class MagCacheSession(BlockSession):
 
     def __init__(self, settings: MagCache, run: Run):
         super().__init__(settings, run)
-        self.weights, self.profile = self.scaled, settings.profile
+        self.weights, self.growth, self.threshold = self.scaled, settings.growth(), settings.threshold
         self.error = 0.0
         self.full: float | None = None
         """Half log-SNR of the last full call."""
-
-    @property
-    def most(self) -> int:
-        return self.settings.K if self.settings.threshold > 0 else 0
 
     def decide(self, t: float, position: Position) -> Plan:
         plan = super().decide(t, position)
@@ -106,11 +110,11 @@ class MagCacheSession(BlockSession):
     def wanted(self, t: float) -> bool:
         if self.full is None:
             return False
-        self.error += abs(1.0 - self.profile.growth(self.full, self.run.coordinate(t)))
-        return self.error < self.settings.threshold
+        self.error += abs(1.0 - self.growth(self.full, self.run.coordinate(t)))
+        return self.error < self.threshold
 
     def scaled(self, at: float, nodes: Sequence[float]) -> list[float]:
-        return [0.0] * (len(nodes) - 1) + [self.profile.growth(nodes[-1], at)]
+        return [0.0] * (len(nodes) - 1) + [self.growth(nodes[-1], at)]
 
     def flush(self) -> None:
         self.full = None

@@ -40,11 +40,12 @@ class BlockProfile:
         """Raises ``ValueError`` for a table that is none."""
         table = artifact.table
         try:
-            lists = [tuple(map(float, table[name])) for name in ("polynomial", "span", "at", "log_size")]
-            made = cls(str(table["network"]), int(table["blocks"]), *lists, source=artifact)
+            polynomial, at, log_size = (tuple(map(float, table[name])) for name in ("polynomial", "at", "log_size"))
+            low, high = map(float, table["span"])
+            made = cls(str(table["network"]), int(table["blocks"]), polynomial, (low, high), at, log_size, artifact)
         except (KeyError, TypeError, ValueError):
             raise ValueError("The file holds no profile of transformer blocks, or a damaged one.") from None
-        if len(made.span) != 2 or len(made.at) != len(made.log_size) or not made.at or list(made.at) != sorted(made.at):
+        if len(made.at) != len(made.log_size) or not made.at or list(made.at) != sorted(made.at):
             raise ValueError("The file holds a damaged profile of transformer blocks.")
         return made
 

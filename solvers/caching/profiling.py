@@ -36,6 +36,10 @@ class BlockProfiler(BlockCache):
     sizes: list[tuple[float, float]] = field(default_factory=list, compare=False)
 
     @property
+    def most(self) -> int:
+        return 0
+
+    @property
     def degree(self) -> int:
         return 0
 
@@ -58,21 +62,27 @@ class ProfileSession(BlockSession):
 
     watches: ClassVar[str] = "modulated"
 
+    def __init__(self, settings: BlockProfiler, run: Run):
+        super().__init__(settings, run)
+        self.found = settings
+
     def decide(self, t: float, position: Position) -> Plan:
         return Plan.FULL
 
-    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor | None) -> None:
+    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor) -> None:
         at = self.run.coordinate(self.t)
         for key, rows, seen in zip(keys, residual.chunk(len(keys)), watched.chunk(len(keys)), strict=True):
             then = self.store.coordinates(key)
             if not then:
-                self.settings.sizes.append((at, 0.0))
+                self.found.sizes.append((at, 0.0))
             elif at != then[-1]:
-                old, old_seen = self.store.get([key], rows.device), self.store.get([("seen", key)], rows.device)
+                old, old_seen = (self.store.get([k], rows.device) for k in (key, ("seen", key)))
+                if old is None or old_seen is None:
+                    continue
                 ratio = float((rows.float().norm() / old.float().norm()).log())
                 pair = float(change(seen, old_seen)), float(change(rows, old))
                 if all(map(math.isfinite, (ratio, *pair))):
-                    self.settings.sizes.append((at, ratio))
-                    self.settings.changes.append(pair)
+                    self.found.sizes.append((at, ratio))
+                    self.found.changes.append(pair)
             self.store.put([key], rows, at)
             self.store.put([("seen", key)], seen)

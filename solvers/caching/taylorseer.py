@@ -52,16 +52,12 @@ class TaylorSeer(BlockCache):
     cache_device: str = CACHE_DEVICE()
 
     @property
+    def most(self) -> int:
+        return self.interval - 1
+
+    @property
     def degree(self) -> int:
         return self.order
 
-    def start(self, run: Run) -> IntervalSession:
-        return IntervalSession(self, run)
-
-
-class IntervalSession(BlockSession):
-    """Full every ``interval``-th call. No device sync."""
-
-    @property
-    def most(self) -> int:
-        return self.settings.interval - 1
+    def start(self, run: Run) -> BlockSession:
+        return BlockSession(self, run)

@@ -102,6 +102,10 @@ class TeaCache(BlockCache):
         return None if self.calibration is None else BlockProfile.of(self.calibration)
 
     @property
+    def most(self) -> int:
+        return self.max_consecutive if self.threshold > 0 else 0
+
+    @property
     def degree(self) -> int:
         return self.forecast_order
 
@@ -126,12 +130,8 @@ class TeaCacheSession(BlockSession):
 
     def __init__(self, settings: TeaCache, run: Run):
         super().__init__(settings, run)
-        self.expected = settings.estimate()
+        self.threshold, self.expected = settings.threshold, settings.estimate()
         self.sum = 0.0
-
-    @property
-    def most(self) -> int:
-        return self.settings.max_consecutive if self.settings.threshold > 0 else 0
 
     def decide(self, t: float, position: Position) -> Plan:
         plan = super().decide(t, position)
@@ -139,23 +139,23 @@ class TeaCacheSession(BlockSession):
             self.sum = 0.0
         return plan
 
-    def judge(self, keys: Sequence[Hashable], watched: torch.Tensor | None) -> bool:
+    def judge(self, keys: Sequence[Hashable], watched: torch.Tensor) -> bool:
         last = self.store.get(_before(keys), watched.device)
         if last is None:
             return False
         self.sum += self.expected(float(change(watched, last)))
-        if self.sum < self.settings.threshold:
+        if self.sum < self.threshold:
             return True
         self.sum = 0.0
         return False
 
-    def hit(self, keys: Sequence[Hashable], watched: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    def hit(self, keys: Sequence[Hashable], watched: torch.Tensor, device: torch.device) -> torch.Tensor | None:
         found = super().hit(keys, watched, device)
         if found is not None:
             self.store.put(_before(keys), watched)
         return found
 
-    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor | None) -> None:
+    def keep(self, keys: Sequence[Hashable], residual: torch.Tensor, watched: torch.Tensor) -> None:
         super().keep(keys, residual, watched)
         self.store.put(_before(keys), watched)
 

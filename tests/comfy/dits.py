@@ -95,10 +95,20 @@ def _sd35():
     )
 
 
+WAN = dict(
+    image_model="wan2.1", dim=48, ffn_dim=96, freq_dim=32, text_dim=32, out_dim=16, in_dim=16, num_heads=2, num_layers=4,
+    patch_size=(1, 2, 2),
+)  # fmt: skip
+
+
 def _wan():
-    config = dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=96, freq_dim=32, text_dim=32, out_dim=16)
-    config.update(in_dim=16, num_heads=2, num_layers=4, patch_size=(1, 2, 2))
-    return Dit(M.build(known.WAN21_T2V, config), (16, 2, 8, 8))
+    return Dit(M.build(known.WAN21_T2V, {**WAN, "model_type": "t2v"}), (16, 2, 8, 8))
+
+
+def _vace():
+    """Wan with a second chain of blocks, whose results are added between the first one's."""
+    made = M.build(known.WAN21_Vace, {**WAN, "model_type": "vace", "vace_layers": 2, "vace_in_dim": 8})
+    return Dit(made, (16, 2, 8, 8), more={"vace_context": torch.ones(4, 1, 8, 2, 8, 8), "vace_strength": [1.0]})
 
 
 def _lumina(**over):
@@ -198,6 +208,7 @@ DITS = {
     "sd3": _sd3,
     "sd35": _sd35,
     "wan": _wan,
+    "vace": _vace,
     "lumina": _lumina,
     "zimage": _zimage,
     "qwen": _qwen,

@@ -210,10 +210,11 @@ def test_replaced_blocks_are_still_replaced(name):
     assert torch.equal(bench(Plan.PARTIAL, *given), plain) and len(bench.ran) == len(bench.chain)
 
 
-def test_a_pass_that_leaves_out_blocks_by_itself_is_left_alone():
+@pytest.mark.parametrize("settings", [TaylorSeer(interval=9), FirstBlockCache(), TeaCache()], ids=lambda s: s.id)
+def test_a_pass_that_leaves_out_blocks_by_itself_is_left_alone(settings):
     """Skip-layer guidance replaces blocks by nothing: the ends of the span may not be there."""
     dit = D.DITS["sd35"]()
-    bench = Bench(dit, TaylorSeer(interval=9))
+    bench = Bench(dit, settings)
     given = dit.inputs()
     for skipped in (0, 1, 2):
         dit_patch = {("double_block", skipped): lambda args, extra: args}
@@ -293,6 +294,8 @@ def test_calibration_of_a_model_and_its_use(folder):
         M.sample(on, steps=20, cfg=5.0, **run)
         said = attach.ledger_of(on).runs[-1].line()
         assert "CFG 3, and this is CFG 5" in said and "12 steps, and this is 20 steps" in said
+        M.sample(on, steps=12, cfg=3.0, **{**run, "x": M.latent(1, 16, 16)})
+        assert "shape (16, 8, 8), and this is latents of shape (16, 16, 16)" in attach.ledger_of(on).runs[-1].line()
         with pytest.raises(ValueError, match="calibration was made with another model"):
             attach.attach(M.sd3(seed=1), settings)
         with pytest.raises(ValueError, match="calibration was made with another model"):
