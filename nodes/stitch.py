@@ -181,18 +181,17 @@ class ScoreGate(io.ComfyNode):
 
     For a distilled student and its teacher: sample with the student, score its picture with any node that gives a number
     (a reward model, an aesthetic score), and connect the student's latent through a KSampler with the teacher, at a denoise
-    of about 0.4, to ``refined``. That branch is not executed while the score is good. Works on latents, images and
-    everything else. A score that is not a number counts as bad.
+    of about 0.4, to ``refined``; or another run from noise, to make the picture anew. That branch is not executed while
+    the score is good. A score that is not a number counts as bad.
 
     Where a good threshold lies depends on the scorer: look at the scores of some of your pictures and take the one that a
-    share of them, such as 60 %, stays below.
+    share of them stays below. With k percent below, a picture costs the student's steps and k percent of the teacher's.
 
     Source: Starodubcev et al. (2023), arXiv:2312.10835.
     """
 
     @classmethod
     def define_schema(cls):
-        kind = io.MatchType.Template("result")
         return io.Schema(
             node_id=PREFIX + "ScoreGate",
             display_name="Score Gate (Quickstep)",
@@ -201,10 +200,8 @@ class ScoreGate(io.ComfyNode):
             search_aliases=["teacher student", "conditional refine", "lazy switch", "arXiv:2312.10835"],
             inputs=[
                 io.Float.Input("score", force_input=True, tooltip="What a scorer says about the quick result."),
-                io.MatchType.Input("quick", template=kind, tooltip="The result to keep if its score is good enough."),
-                io.MatchType.Input(
-                    "refined", template=kind, lazy=True, tooltip="What to compute and use instead if it is not."
-                ),
+                io.Latent.Input("quick", tooltip="The result to keep if its score is good enough."),
+                io.Latent.Input("refined", lazy=True, tooltip="What to compute and use instead if it is not."),
                 io.Float.Input(
                     "threshold", default=0.5, min=-1e6, max=1e6, step=0.001, tooltip="Where good enough begins."
                 ),
@@ -213,7 +210,7 @@ class ScoreGate(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.MatchType.Output(template=kind, display_name="result"),
+                io.Latent.Output(display_name="result"),
                 io.Boolean.Output(display_name="was_refined"),
             ],
         )

@@ -65,8 +65,13 @@ class Run:
         noise, latent, mask = given
         if mask is not None and mask.ndim == 4:
             mask = mask[:, :1]  # a guider repeats it for every channel, and would do so again
-        self.given = [_as_given(tensor, latent_shapes) for tensor in (noise, latent, mask)]
-        if self.given[0].is_nested and any(passage.shift is not None for passage in self.passages):
+        self.given = noise, latent, mask
+        packed = latent_shapes is not None and len(latent_shapes) > 1
+        if packed:  # guiders pack a combined latent by themselves
+            self.given = tuple(
+                None if t is None else NestedTensor(comfy.utils.unpack_latents(t, latent_shapes)) for t in self.given
+            )
+        if packed and any(passage.shift is not None for passage in self.passages):
             raise ValueError(
                 f"{settings.title}: these models shift their latents apart; combined latents allow no shift."
             )
@@ -198,13 +203,6 @@ def room_for(models: list, memory: float) -> bool:
 
 def _controls(guider) -> set:
     return {cond["control"] for conds in guider.conds.values() for cond in conds if "control" in cond}
-
-
-def _as_given(tensor, shapes):
-    """Noise, latent or mask as the user gave it: guiders pack a combined latent into one tensor."""
-    if tensor is None or shapes is None or len(shapes) < 2:
-        return tensor
-    return NestedTensor(comfy.utils.unpack_latents(tensor, shapes))
 
 
 def _translated(function: Callable, passage: Passage, x, sigma) -> Callable:
