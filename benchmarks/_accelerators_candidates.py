@@ -57,16 +57,19 @@ def together(*rows: list[Candidate]) -> list[Candidate]:
 
 QUALITY = [
     # whole calls
-    *sweep("StepForecast"),
-    *sweep("StepForecast", tol=[0.02, 0.1, 0.2]),
-    *sweep("StepForecast", mode="interval", interval=[2, 3]),
-    *sweep("SADA"),
+    *sweep("StepForecast", tol=[0.01, 0.02, 0.05, 0.1]),
+    *sweep("StepForecast", mode="budget", share=[0.65, 0.5, 0.35]),
+    *sweep("StepForecast", mode="interval", interval=2),
+    *sweep("SADA", coefficients=["corrected", "published"]),
+    *sweep("EasyCachePaper", tau=[0.05, 0.1, 0.2]),
+    *sweep("AdaptiveDiffusion"),
     # UNets
     *sweep("DeepCache", interval=[2, 3, 5]),
     *sweep("DeepCache", interval=[2, 3, 5], depth=0),
     *sweep("DeepCache", interval=3, forecast_order="0"),
     *sweep("FasterDiffusion"),
     *sweep("FasterDiffusion", key_steps="uniform", interval=[2, 3]),
+    *sweep("FeatureInheritance"),
     # blocks of transformers
     *sweep("FirstBlockCache", threshold=[0.05, 0.1, 0.2, 0.4]),
     *sweep("FirstBlockCache", threshold=0.1, forecast_order=0),
@@ -93,7 +96,7 @@ QUALITY = [
     # several
     *together(sweep("DeepCache", interval=2), sweep("GuidanceCache", interval=3)),
     *together(sweep("TaylorSeer", interval=2), sweep("GuidanceCache", interval=3)),
-    *together(sweep("StepForecast"), sweep("GuidanceCache", interval=3)),
+    *together(sweep("StepForecast", tol=0.02), sweep("GuidanceCache", interval=3)),
 ]
 
 COST = [
