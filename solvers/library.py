@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adaptive import DPMSolverAdaptive
 from .black_box import AdaptiveRK
+from .calibration.fitted import FittedSolver
 from .churn import Churn
 from .consistency import ConsistencySampler
 from .dc_solver import DCSolver
@@ -33,7 +34,19 @@ from .unipc import UniPC
 from .usf import USF
 
 FAMILIES: dict[str, tuple[type[Solver], ...]] = {
-    "multistep": (DDIM, DPMSolverPP, UniPC, DEIS, IPNDM, PNDM, GHVB, GradientEstimation, DPMSolverV3, USF),
+    "multistep": (
+        DDIM,
+        DPMSolverPP,
+        UniPC,
+        DEIS,
+        IPNDM,
+        PNDM,
+        GHVB,
+        GradientEstimation,
+        DPMSolverV3,
+        USF,
+        FittedSolver,
+    ),
     "single-step": (DPMSolverSinglestep, RhoRK, DPMSolverAdaptive, AdaptiveRK),
     "stochastic": (SDEDPMSolverPP, SASolver, ERSDE, SEEDS, MLSDE, SiTSDE, ScoreSDE, ConsistencySampler),
 }

@@ -22,6 +22,7 @@ PUBLISHED = {
     lib.GradientEstimation: ["gamma", "second_order"],
     lib.DPMSolverV3: ["statistics", "order", "use_corrector", "p_pseudo", "c_pseudo", "lower_order_final"],
     lib.USF: ["statistics", "table"],
+    lib.FittedSolver: ["calibration", "elsewhere"],
     lib.DPMSolverSinglestep: ["order", "algorithm", "plan", "correction", "r1", "frame"],
     lib.RhoRK: ["method", "frame"],
     lib.DPMSolverAdaptive: [
@@ -113,6 +114,7 @@ def test_names_of_solvers_are_kept():
         "Gradient estimation",
         "DPM-Solver-v3",
         "USF (solver schedule)",
+        "Fitted solver",
         "DPM-Solver singlestep",
         "rhoRK-DEIS",
         "DPM-Solver adaptive",

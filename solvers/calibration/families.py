@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..artifact import Artifact
+from ..process import ForwardProcess
 from ..solver import Solver
 from .curve import Curve
-from .fitted import KIND, FittedSolver
+from .fitted import KIND, FittedSolver, midpoint
 
 
 class Plan(NamedTuple):
@@ -176,3 +177,8 @@ def fitted_plan(times: Sequence[float], rows: Sequence[Sequence[float]]) -> Plan
     """A fitted solver with these weights, newest first, on its times."""
     table = {"sigmas": [float(t) for t in times], "weights": [list(row) for row in rows]}
     return Plan(FittedSolver(Artifact(KIND, table)), table["sigmas"])
+
+
+def plain_plan(process: ForwardProcess, times: Sequence[float]) -> Plan:
+    """DPM-Solver++ 2M, written as a fitted solver."""
+    return fitted_plan(times, [midpoint(process, times[: i + 1], t) for i, t in enumerate(times[1:])])

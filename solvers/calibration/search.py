@@ -14,8 +14,8 @@ from ..process import ForwardProcess
 from ..solver import Solver
 from .cohort import Cohort, Running
 from .curve import Curve
-from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan
-from .fitted import FittedSolver, midpoint
+from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan, plain_plan
+from .fitted import FittedSolver
 from .least_squares import sequential
 from .levenberg import refine
 from .losses import LOSSES, Loss
@@ -107,7 +107,8 @@ class Search(ABC):
         self.after = self.before if self.best is self.base else (yield from self.report.errors(self.best))
 
     def release(self) -> None:
-        """Frees what the teacher keeps."""
+        """Frees what the teacher keeps; here nothing."""
+        return
 
     def _rank(self) -> Running:
         """The starts, best first; what is resumed before all."""
@@ -200,12 +201,13 @@ class SolverSearch(Search):
             if self.joint:
                 times = curve.times(curve.levels(curve.logits(times)))
             family = Joint(curve, self.memory) if self.joint else Weights(tuple(times), self.memory)
-            if isinstance(plan.solver, FittedSolver) and plan.solver.weights:
-                ways = {"": plan.solver.weights}
+            ways = {
+                ", fitted": (yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at))
+            }
+            if name != RESUMED:
+                ways[", 2M"] = rows_of(plain_plan(self.process, times))
             else:
-                fitted = yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at)
-                plain = [midpoint(self.process, times[: i + 1], t) for i, t in enumerate(times[1:])]
-                ways = {", fitted": fitted, ", 2M": plain}
+                ways[""] = rows_of(plan)
             losses = {}
             for way, rows in ways.items():
                 losses[way] = self.loss((yield from self.fit.errors(fitted_plan(times, rows))))
@@ -217,6 +219,12 @@ class SolverSearch(Search):
         if self.trajectories is not None:
             self.trajectories.close()
             self.trajectories = None
+
+
+def rows_of(plan: Plan) -> list[list[float]]:
+    """The weights of a plan with a fitted solver."""
+    assert isinstance(plan.solver, FittedSolver)
+    return plan.solver.weights
 
 
 def curve_of(process: ForwardProcess, plan: Plan) -> Curve:

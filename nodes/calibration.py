@@ -1,0 +1,301 @@
+"""Calibration on the user's own model: Optimize Schedule and Fit Solver."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..solvers.artifact import Artifact, load, settings_of
+from ..solvers.calibration import fitted
+from ..solvers.calibration.families import Plan, fitted_plan, plain_plan
+from ..solvers.calibration.fitted import FittedSolver
+from ..solvers.calibration.losses import LOSSES
+from ..solvers.calibration.search import ScheduleSearch, SolverSearch
+from ..solvers.process import ForwardProcess
+from ..solvers.schedules import (
+    BetaSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    KarrasSchedule,
+    UniformSchedule,
+)
+from ..solvers.solver import Solver
+from . import artifacts, calibration_found, plot
+from .attach import on
+from .bridge import distinct, process_of, sampler, solver_in
+from .calibration_found import CATEGORY
+from .calibration_run import SCHEDULE, Pursuit, as_sigmas, curve, path, schedules
+from .calibration_samples import Samples, samples
+from .derive import PREFIX
+from .show import show_text
+
+STARTS = {
+    "Karras": KarrasSchedule(),
+    "Exponential": ExponentialSchedule(),
+    "Karras, rho 3": KarrasSchedule(rho=3.0),
+    "Beta": BetaSchedule(),
+    "Uniform": UniformSchedule(),
+    "Cosine": CosineSchedule(),
+}
+"""Schedules that searches compare, and begin from the best of."""
+
+MODEL = [
+    io.Model.Input("model", tooltip="The model to calibrate, LoRAs and patches included. It is not changed."),
+    io.Conditioning.Input("positive", tooltip="A prompt of the kind you are going to use. More of them below."),
+    io.Conditioning.Input("negative", tooltip="The negative prompt."),
+    io.Latent.Input(
+        "latent",
+        tooltip="A latent of the size to be sampled. Its batch size is how many samples run at once: as many as fit in memory.",
+    ),
+]
+BUDGET = [
+    io.Float.Input(
+        "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale: what is found is for this one."
+    ),
+    io.Int.Input(
+        "steps", default=8, min=1, max=100, tooltip="Network calls of the runs to be improved; best between 4 and 12."
+    ),
+    io.Int.Input(
+        "samples",
+        default=16,
+        min=2,
+        max=1024,
+        tooltip="Seeds of the fit. Half as many others choose what is kept, and as many again measure it. 16 is enough for most "
+        "models, 32 is safer.",
+    ),
+    io.Float.Input(
+        "minutes",
+        default=10.0,
+        min=0.05,
+        max=1440.0,
+        step=0.5,
+        tooltip="Stops after about this time with the best found so far. Stop earlier with ComfyUI's own button: the file is kept.",
+    ),
+    io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFF,
+        control_after_generate=io.ControlAfterGenerate.fixed,
+        tooltip="First of the seeds; the others follow it.",
+    ),
+    io.String.Input("name", default="my_calibration", tooltip="Name of the file in models/quickstep, without ending."),
+    io.Combo.Input(
+        "loss",
+        options=list(LOSSES),
+        default="rms",
+        tooltip="rms: the mean error. log: its mean logarithm, closer to the median. mse: mean square, ruled by few outliers.",
+        advanced=True,
+    ),
+]
+MORE = io.Autogrow.Input(
+    "prompts",
+    template=io.Autogrow.TemplatePrefix(
+        io.Conditioning.Input("prompt", tooltip="Another prompt; samples take turns.", optional=True),
+        prefix="prompt",
+        min=0,
+        max=32,
+    ),
+    optional=True,
+)
+OUTPUTS = [
+    io.Image.Output(display_name="curve"),
+    io.Image.Output(display_name="schedule"),
+    io.String.Output(display_name="report"),
+]
+
+
+def resume(kind: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "resume",
+        options=artifacts.files(kind),
+        tooltip="A file of an earlier search with the same steps, to go on from.",
+    )
+
+
+class OptimizeSchedule(io.ComfyNode):
+    """Finds the sigmas for your model, sampler and number of steps: those with which few steps end nearest to many.
+
+    Takes the best of the usual schedules and moves all its sigmas, by Levenberg-Marquardt on the finished samples, from up to
+    three starts. Needs no gradients. What is kept is never worse than the best usual schedule on samples that the fit has not
+    seen; ``report`` says how much better it is on others still.
+
+    The teacher is DPM-Solver++ (3M) with so many steps that doubling them changes nothing that matters. Error: mean over samples
+    of the root mean square difference to the teacher's latent.
+
+    The result is for this sampler, number of steps and about this guidance scale; other prompts and seeds are served as well.
+    The file lies in ComfyUI's models/quickstep folder: *Found Schedule* uses it, here or elsewhere. Interrupt at any time: the
+    best so far is in the file, and ``resume`` goes on from it.
+
+    Deterministic Quickstep samplers only, and no accelerators on the model: they see other networks calls here than later.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=PREFIX + "OptimizeSchedule",
+            display_name="Optimize Schedule (Quickstep)",
+            category=CATEGORY,
+            description="Finds the sigmas for your model, sampler and number of steps: those with which few steps end nearest to "
+            "many.",
+            search_aliases=["align your steps", "calibrate", "schedule search", "optimal steps"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                *MODEL,
+                io.Sampler.Input(
+                    "sampler", tooltip="The sampler to find sigmas for: a deterministic one of Quickstep's."
+                ),
+                *BUDGET,
+                resume(SCHEDULE),
+                MORE,
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas"), *OUTPUTS],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent, sampler, cfg, steps, samples, minutes, seed, name, loss="rms",
+        resume=artifacts.NONE, prompts=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        solver = solver_in(sampler, "Optimize Schedule")
+        if solver.stochastic or solver.nfe(steps) is None:
+            raise ValueError(
+                f"Optimize Schedule: {solver.title} {'adds noise' if solver.stochastic else 'chooses its own steps'} with these "
+                "settings; connect a deterministic sampler of fixed steps."
+            )
+        given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Optimize Schedule")
+        found = artifacts.read(resume, SCHEDULE, "Optimize Schedule")
+        resumed = None if found is None else Plan(solver, _sigmas_of(found, steps, "Optimize Schedule"))
+        process = process_of(model)
+        fit, select, report = given.split(samples)
+        search = ScheduleSearch(
+            process, fit, select, report, starts(process, steps, solver), resumed, LOSSES[loss], solver=solver
+        )
+        file = path(name, ".json", "Optimize Schedule")
+        pursuit = Pursuit(search, given, minutes, SCHEDULE, solver.id, settings_of(solver), file)
+        return io.NodeOutput(as_sigmas(_pursued(cls, pursuit)), *_pictures(cls, pursuit))
+
+
+class FitSolver(io.ComfyNode):
+    """Fits a sampler to your model: the weights with which each step mixes its predictions, and the sigmas with them.
+
+    A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
+    squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas.
+    Needs no gradients. The start is DPM-Solver++ 2M on the best of the usual schedules, and what is kept is never worse than it
+    on samples that the fit has not seen; ``report`` says how much better it is on others still.
+
+    The result is for this number of steps and guidance scale; other prompts and seeds are served as well. Use both outputs,
+    ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the same file. Interrupt at any time: the
+    best so far is in the file, and ``resume`` goes on from it.
+
+    With a SIGMAS connected the schedule stays as it is, and only weights are fitted.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=PREFIX + "FitSolver",
+            display_name="Fit Solver (Quickstep)",
+            category=CATEGORY,
+            description="Fits a sampler to your model: the weights with which each step mixes its predictions, and the sigmas with "
+            "them.",
+            search_aliases=["calibrate", "bespoke solver", "BNS", "S4S", "least squares"],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                *MODEL,
+                *BUDGET,
+                io.Int.Input(
+                    "memory",
+                    default=3,
+                    min=2,
+                    max=8,
+                    tooltip="How many predictions a step mixes. 3 is a good choice; more needs more samples and time.",
+                ),
+                resume(fitted.KIND),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="To fit weights on these sigmas, which then stay."),
+                MORE,
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler"), io.Sigmas.Output(display_name="sigmas"), *OUTPUTS],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent, cfg, steps, samples, minutes, seed, name, loss="rms", memory=3,
+        resume=artifacts.NONE, sigmas=None, prompts=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Fit Solver")
+        process = process_of(model)
+        if sigmas is None:
+            begun = {name: plain_plan(process, p.times) for name, p in starts(process, steps, FittedSolver()).items()}
+        else:
+            begun = {"your sigmas": plain_plan(process, whole(process, distinct(sigmas.tolist()), "Fit Solver"))}
+            steps = len(begun["your sigmas"].times) - 1
+        found = artifacts.read(resume, fitted.KIND, "Fit Solver")
+        resumed = None
+        if found is not None:
+            FittedSolver(found)  # refuses damaged ones
+            resumed = fitted_plan(_sigmas_of(found, steps, "Fit Solver"), found.table["weights"])
+        fit, select, report = given.split(samples)
+        search = SolverSearch(
+            process, fit, select, report, begun, resumed, LOSSES[loss], memory=memory, joint=sigmas is None,
+            folder=folder_paths.get_temp_directory(), samples=samples, shape=given.shape,
+        )  # fmt: skip
+        pursuit = Pursuit(search, given, minutes, fitted.KIND, FittedSolver.id, {}, path(name, ".json", "Fit Solver"))
+        times = _pursued(cls, pursuit)
+        made = FittedSolver(load(pursuit.path, fitted.KIND))
+        return io.NodeOutput(sampler(made), as_sigmas(times), *_pictures(cls, pursuit))
+
+
+def prepared(model, positive, negative, latent, cfg, seed, prompts, taker: str) -> Samples:
+    """The calibration set; refuses models with accelerators."""
+    if on(model):
+        names = ", ".join(a.title for a in on(model))
+        raise ValueError(f"{taker}: {names} is on the model; take it off to calibrate, and put it on again to sample.")
+    others = [prompt for prompt in (prompts or {}).values() if prompt is not None]
+    return samples(model, [positive, *others], negative, latent, cfg, seed)
+
+
+def starts(process: ForwardProcess, steps: int, solver: Solver) -> dict[str, Plan]:
+    """All usual schedules that have so many steps on this model."""
+    found = {}
+    for name, schedule in STARTS.items():
+        try:
+            times = schedule(process, process.t_max, process.t_min, steps)
+        except ValueError:
+            continue
+        found[name] = Plan(solver, times.tolist())
+    return found
+
+
+def whole(process: ForwardProcess, times: list[float], taker: str) -> list[float]:
+    """``times``, if they are those of a whole run."""
+    if len(times) < 2 or times[-1] != 0.0 or abs(times[0] - process.t_max) > 1e-3 * process.t_max:
+        raise ValueError(f"{taker}: the sigmas must run from {process.t_max:g} to 0; leave denoise at 1.")
+    return [process.t_max, *times[1:]]
+
+
+def _sigmas_of(found: Artifact, steps: int, taker: str) -> list[float]:
+    times = found.table.get("sigmas")
+    if not isinstance(times, list) or len(times) != steps + 1:
+        raise ValueError(f"{taker}: the file to resume is not for {steps} steps.")
+    return [float(t) for t in times]
+
+
+def _pursued(cls, pursuit: Pursuit) -> list[float]:
+    """Runs it, and returns the times that were found."""
+    pursuit.run()
+    assert pursuit.search.best is not None
+    return pursuit.search.best.times
+
+
+def _pictures(cls, pursuit: Pursuit) -> tuple:
+    search, text = pursuit.search, pursuit.report()
+    show_text(cls, text)
+    assert search.best is not None and search.base is not None
+    shown = {"found": search.best.times, search.base_label: search.base.times}
+    return plot.to_image(curve(search)), plot.to_image(schedules(search.process, shown)), text
+
+
+NODES = [OptimizeSchedule, FitSolver, *calibration_found.NODES]

@@ -1,0 +1,171 @@
+"""What calibrations found, used and shown: Found Schedule, Inspect Calibration."""
+
+from __future__ import annotations
+
+import logging
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..solvers.artifact import Artifact, load, mismatches
+from ..solvers.calibration import fitted
+from ..solvers.calibration.fitted import FittedSolver
+from . import artifacts, plot
+from .bridge import process_of
+from .calibration_run import SCHEDULE, as_sigmas
+from .derive import PREFIX
+from .fingerprint import fingerprint
+from .show import show_text
+
+CATEGORY = "Quickstep/calibration"
+log = logging.getLogger(__name__)
+
+
+class FoundSchedule(io.ComfyNode):
+    """The sigmas that a calibration found, from its file in ComfyUI's models/quickstep folder.
+
+    Connect the model to have it checked: a file for another kind of network is refused, one for other weights of the same
+    kind (a fine-tune) is used, and ``about`` says so. ``about`` also names the sampler, steps and guidance scale it is for.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        files = [*artifacts.files(SCHEDULE), *artifacts.files(fitted.KIND)[1:]]
+        return io.Schema(
+            node_id=PREFIX + "FoundSchedule",
+            display_name="Found Schedule (Quickstep)",
+            category=CATEGORY,
+            description="The sigmas that a calibration found, from its file in ComfyUI's models/quickstep folder.",
+            inputs=[
+                io.Combo.Input("file", options=files, tooltip="A file of Optimize Schedule or Fit Solver."),
+                io.Model.Input("model", optional=True, tooltip="The model it is used with, to check that it fits."),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas"), io.String.Output(display_name="about")],
+        )
+
+    @classmethod
+    def execute(cls, file, model=None) -> io.NodeOutput:
+        found = read_any(file, "Found Schedule")
+        times = found.table.get("sigmas")
+        if not times:
+            raise ValueError(f"Found Schedule: {file} holds {found.kind}, which has no sigmas.")
+        said = [] if model is None else fits(found, model, file, "Found Schedule")
+        for sentence in said:
+            log.warning("Found Schedule: %s %s", file, sentence)
+        return io.NodeOutput(as_sigmas(times), "\n".join([in_words(found), *said]))
+
+    @classmethod
+    def fingerprint_inputs(cls, file, model=None):
+        return artifacts.modified(file)
+
+
+class InspectCalibration(io.ComfyNode):
+    """Shows what is in a calibration file: its schedule and weights as a picture, and in words what it is for.
+
+    Any file of ComfyUI's models/quickstep folder; what has no curve to draw is only described.
+    """
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id=PREFIX + "InspectCalibration",
+            display_name="Inspect Calibration (Quickstep)",
+            category=CATEGORY,
+            description="Shows what is in a calibration file: its schedule and weights as a picture, and in words what it is for.",
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[io.Combo.Input("file", options=every_file(), tooltip="Any file in models/quickstep.")],
+            outputs=[io.Image.Output(display_name="drawing"), io.String.Output(display_name="about")],
+        )
+
+    @classmethod
+    def execute(cls, file) -> io.NodeOutput:
+        found = read_any(file, "Inspect Calibration")
+        image, text = plot.to_image(drawing(found)), in_words(found)
+        show_text(cls, text)
+        return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))
+
+    @classmethod
+    def fingerprint_inputs(cls, file):
+        return artifacts.modified(file)
+
+
+def fits(found: Artifact, model, file: str, taker: str) -> list[str]:
+    """What to say when it is used with this model; ValueError where it cannot work."""
+    process, network = process_of(model), type(model.model).__name__
+    made_for = found.table.get("network")
+    wrong = mismatches(found, process)
+    if made_for not in (None, network):
+        wrong.append(f"It was found for a {made_for}, and this is a {network}.")
+    top = found.table.get("sigmas", [process.t_max])[0]
+    if abs(top - process.t_max) > 1e-3 * process.t_max:
+        wrong.append(f"It begins at sigma {top:g}, and this model at {process.t_max:g}.")
+    if wrong:
+        raise ValueError(f"{taker}: {file} is for another model. {wrong[0]}")
+    if mismatches(found, model=fingerprint(model)):
+        return [
+            "It was found for other weights of this kind of network: compare with and without it, or calibrate again."
+        ]
+    return []
+
+
+def every_file() -> list[str]:
+    if artifacts.FOLDER not in folder_paths.folder_names_and_paths:
+        return [artifacts.NONE]
+    names = folder_paths.get_filename_list(artifacts.FOLDER)
+    return [artifacts.NONE, *(name for name in names if name.endswith((".json", ".safetensors")))]
+
+
+def read_any(name: str, taker: str) -> Artifact:
+    """The artifact of that name, of whatever kind."""
+    file = None if name == artifacts.NONE else folder_paths.get_full_path(artifacts.FOLDER, name)
+    if file is None:
+        raise ValueError(f"{taker}: choose a file; they lie in ComfyUI's models/{artifacts.FOLDER} folder.")
+    return load(file)
+
+
+def in_words(found: Artifact) -> str:
+    """What a calibration is for, and how much it helped."""
+    f = found.found_for
+    what = {SCHEDULE: "Sigmas of a schedule", fitted.KIND: "A fitted sampler: sigmas, and weights for each step"}
+    lines = [f"{what.get(found.kind, found.kind)}."]
+    known = {"sampler": f.solver, "steps": f.steps, "CFG": f.cfg, "latents of shape": f.shape, "model": f.model}
+    lines.append(
+        "Found for " + ", ".join(f"{name} {value}" for name, value in known.items() if value is not None) + "."
+    )
+    if f.process is not None:
+        lines.append("The model is a flow model." if f.process == "flow" else "The model is no flow model.")
+    if f.loss_before is not None and f.loss_after is not None:
+        lines.append(f"Error on samples kept aside: {f.loss_before:.4f} before, {f.loss_after:.4f} after.")
+    elif found.kind in what:
+        lines.append("The search was stopped before its result was measured on samples kept aside.")
+    if found.kind == SCHEDULE:
+        lines.append(
+            "Use it with that sampler and number of steps; other prompts are served as well, others CFG scales less."
+        )
+    if found.kind == fitted.KIND:
+        lines.append("Use Fitted solver and Found Schedule with this file; for other CFG scales fit again.")
+    return "\n".join(lines)
+
+
+def drawing(found: Artifact):
+    """Sigmas, weights, or whatever numbers the table has."""
+    times = found.table.get("sigmas")
+    if found.kind == fitted.KIND:
+        FittedSolver(found)  # refuses damaged ones
+        rows = found.table["weights"]
+        series = []
+        for m in range(max(map(len, rows))):
+            points = [(i + 1, row[m]) for i, row in enumerate(rows) if len(row) > m]
+            name = "newest prediction" if m == 0 else f"{m} before it"
+            series.append((name, [i for i, _ in points], [w for _, w in points]))
+        return plot.line_plot(series, "Weights of the predictions", "step", "weight")
+    if times:
+        return plot.line_plot([("sigmas", range(len(times)), times)], "Schedule", "step", "sigma", log_y=times[0] > 1.0)
+    for name, values in found.table.items():
+        if isinstance(values, list) and values and all(isinstance(v, int | float) for v in values):
+            return plot.line_plot([(name, range(len(values)), values)], found.kind, "number", name)
+    return plot.line_plot([("nothing to draw", [0, 1], [0, 0])], found.kind, "", "")
+
+
+NODES = [FoundSchedule, InspectCalibration]

@@ -1,0 +1,177 @@
+"""A calibration while it runs: time, preview, saving, and what it says in the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.utils
+import torch
+
+from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
+from ..solvers.calibration.fitted import FittedSolver
+from ..solvers.calibration.search import Search
+from ..solvers.process import ForwardProcess
+from . import artifacts, plot
+from .calibration_samples import Samples
+from .fingerprint import fingerprint
+
+SCHEDULE = "schedule"
+"""Kind of artifacts whose table has ``sigmas``."""
+
+_PREVIEW, _SAVE = 2.0, 30.0
+
+
+@dataclass
+class Pursuit:
+    """Runs a search until it ends or the minutes are over, with a live picture, and keeps the best so far in a file.
+
+    kind, solver, settings: of the artifact. The file is written every half minute, at the end, and when the user stops.
+    """
+
+    search: Search
+    samples: Samples
+    minutes: float
+    kind: str
+    solver: str
+    settings: dict[str, Any]
+    path: str
+    began: float = field(default_factory=time.monotonic)
+    seen: float = 0.0
+    saved: float = 0.0
+    bar: Any = field(default_factory=lambda: comfy.utils.ProgressBar(1000))
+
+    def __post_init__(self):
+        self.saved = self.began
+        self.search.left = self.left
+
+    def left(self) -> float:
+        """Share of the time that is left, when that for the report is put aside."""
+        used, search = time.monotonic() - self.began, self.search
+        rows = sum(1 for _ in search.report.batches) * len(self.samples.latent["samples"])
+        report = rows * (search.teacher_steps + 2 * len(next(iter(search.starts.values())).times))
+        reserved = used * report / max(search.calls, 1) if search.stage in ("starts", "search") else 0.0
+        return 1.0 - (used + reserved) / (60.0 * self.minutes)
+
+    def run(self) -> None:
+        """The whole search. What was found is saved also when it is interrupted."""
+        try:
+            for _ in self._visits():
+                self._show()
+        finally:
+            self.search.release()
+            self.save()
+        self.bar.update_absolute(1000)
+
+    def _visits(self):
+        run = self.search.run()
+        for _ in run:
+            yield
+            if self.search.stage == "search" and self.left() <= 0.0:
+                break
+        else:
+            return
+        yield from self.search.close()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        value = min(999, int(1000 * (1.0 - self.left())))
+        if now - self.seen < _PREVIEW or not self.search.trials:
+            self.bar.update_absolute(value)
+            return
+        self.seen = now
+        self.bar.update_absolute(value, preview=("JPEG", curve(self.search), 640))
+        if now - self.saved > _SAVE:
+            self.save()
+
+    def save(self) -> None:
+        """The best so far, whole or not at all; nothing before there is one."""
+        if self.search.best is None:
+            return
+        self.saved = time.monotonic()
+        save(self.path, self.artifact(), overwrite=True)
+
+    def artifact(self) -> Artifact:
+        search, plan = self.search, self.search.best
+        assert plan is not None
+        table: dict[str, Any] = {"sigmas": [float(t) for t in plan.times]}
+        if isinstance(plan.solver, FittedSolver):
+            table["weights"] = plan.solver.weights
+        table |= {
+            "network": type(self.samples.model.model).__name__,
+            "calls": search.calls,
+            "teacher_steps": search.teacher_steps,
+            "select_before": min((t.select for t in search.trials if t.label == search.base_label), default=None),
+            "select_after": min(trial.select for trial in search.trials),
+        }
+        found_for = FoundFor(
+            model=fingerprint(self.samples.model),
+            process=process_name(search.process),
+            solver=self.solver,
+            settings=self.settings,
+            steps=len(plan.times) - 1,
+            cfg=self.samples.cfg,
+            shape=self.samples.shape,
+            seed=self.samples.seed,
+            created=now(),
+            loss_before=None if search.before is None else float(search.before.mean()),
+            loss_after=None if search.after is None else float(search.after.mean()),
+        )
+        return Artifact(self.kind, table, {}, found_for)
+
+    def report(self) -> str:
+        """What was found, in words."""
+        search = self.search
+        lines = [f"Saved as {os.path.basename(self.path)}."]
+        if search.before is not None and search.after is not None:
+            before, after = search.before, search.after
+            share = float(after.mean()) / max(float(before.mean()), 1e-12)
+            better = int((after < before).sum())
+            lines.append(
+                f"Error on {len(before)} samples kept aside: {before.mean():.4f} before ({search.base_label}), "
+                f"{after.mean():.4f} after, {share:.2f} of it; {better} of {len(before)} samples are nearer."
+            )
+            if search.best is search.base:
+                lines.append("Nothing better than the best start was found, so that is what is returned.")
+        lines.append(
+            f"Teacher: {search.teacher_steps} steps, error below {search.teacher_error:.4f}. Network calls, counted for each "
+            f"sample: {search.calls}. {time.monotonic() - self.began:.0f} s."
+        )
+        lines.append(
+            f"For {self.samples.cfg:g} CFG and latents of shape {self.samples.shape}; for others, calibrate again."
+        )
+        return "\n".join(lines)
+
+
+def curve(search: Search):
+    """The losses against network calls: of all candidates that were better in the fit, and of the best so far."""
+    calls = [trial.calls for trial in search.trials]
+    best, lowest = [], float("inf")
+    for trial in search.trials:
+        lowest = min(lowest, trial.select)
+        best.append(lowest)
+    series = [
+        ("fit", calls, [trial.fit for trial in search.trials]),
+        ("best so far, on samples that select", calls, best),
+    ]
+    positive = all(value > 0.0 for _, _, ys in series for value in ys)
+    return plot.line_plot(series, f"Calibration: {search.stage}", "network calls (samples)", "error", log_y=positive)
+
+
+def schedules(process: ForwardProcess, curves: dict[str, list[float]]):
+    """Schedules in log signal-to-noise, where models of all kinds can be compared."""
+    series = []
+    for name, times in curves.items():
+        shown = [(i, process.lam(t)) for i, t in enumerate(times) if t > 0.0 and process.alpha(t) > 0.0]
+        series.append((name, [i for i, _ in shown], [lam for _, lam in shown]))
+    return plot.line_plot(series, "Schedule", "step", "lambda = log(alpha / sigma)")
+
+
+def as_sigmas(times: list[float]) -> torch.Tensor:
+    return torch.tensor(times, dtype=torch.float32)
+
+
+def path(name: str, suffix: str, taker: str) -> str:
+    return artifacts.free_path(name, suffix, taker)

@@ -1,0 +1,77 @@
+"""Calibration sets: seeds and prompts of the user's graph as batches that solvers can be run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+
+from ..solvers.calibration.cohort import Batch, Cohort, Visit
+from .bridge import process_of, visitor
+from .compare import empty_as_model_wants
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What the graph samples: the guided model, its prompts, a latent whose batch is how many samples are run at once."""
+
+    model: Any
+    positives: list
+    negative: Any
+    latent: dict
+    cfg: float
+    seed: int
+
+    def split(self, count: int) -> tuple[Cohort, Cohort, Cohort]:
+        """Samples for the fit, and half as many each to select by and to report on, all of other seeds.
+
+        The r-th sample has the r-th prompt, and starts again with the first one after the last.
+        """
+        half = max(count // 2, 2)
+        edges = [0, count, count + half, count + 2 * half]
+        fit, select, report = (Cohort(self._batches(range(a, b))) for a, b in pairwise(edges))
+        return fit, select, report
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        return tuple(self.latent["samples"].shape[1:])
+
+    def _batches(self, rows: range) -> list[Batch]:
+        together, found = len(self.latent["samples"]), []
+        for p, positive in enumerate(self.positives):
+            mine = [r for r in rows if r % len(self.positives) == p]
+            found += [self._batch(positive, mine[i : i + together]) for i in range(0, len(mine), together)]
+        return found
+
+    def _batch(self, positive, rows: list[int]) -> Batch:
+        start = self.latent["samples"][: len(rows)]
+        noise = torch.cat([comfy.sample.prepare_noise(start[:1], self.seed + r) for r in rows])
+        mask = self.latent.get("noise_mask")
+        mask = mask[: len(rows)] if mask is not None and len(mask) > 1 else mask
+        top = process_of(self.model).t_max
+        guider = comfy.samplers.CFGGuider(self.model)
+        guider.set_conds(positive, self.negative)
+        guider.set_cfg(self.cfg)
+
+        def batch(visit: Visit) -> Any:
+            made = []
+            one_step = torch.tensor([top, 0.0])
+            guider.sample(
+                noise, start, visitor(lambda problem, x: made.append(visit(problem, x))), one_step,
+                denoise_mask=mask, disable_pbar=True, seed=self.seed,
+            )  # fmt: skip
+            return made[0]
+
+        return batch
+
+
+def samples(model, positives: list, negative, latent: dict, cfg: float, seed: int) -> Samples:
+    """Refuses, in one sentence, latents that cannot be calibrated on."""
+    if latent["samples"].is_nested:
+        raise ValueError("Calibrations take one kind of latent, not a combined audio and video latent.")
+    return Samples(model, positives, negative, empty_as_model_wants(model, latent), cfg, seed)
