@@ -48,6 +48,10 @@ class BlockSkip(Accelerator):
     that LAPTOP-Diff relies on. It holds for a few units, not for many: the original methods train afterwards, this one does
     not, so keep the budget small. First and last blocks, and what changes the number of channels, always stay.
 
+    Measured as FORA was, on the demo UNet: leaving out 4 % of the work costs 0.019 from the whole network's picture (0.055 from
+    the converged one instead of 0.047; 19 plain steps about 0.05), 8 % 0.137. So it does not beat taking fewer steps there; it is
+    of use where steps cannot be fewer, as with distilled models.
+
     ``budget`` 0 gives exactly the plain result. Parts that a cache on the same model takes care of (FORA, block caches), and
     layers that another pack replaces, are not left out.
 

@@ -28,6 +28,10 @@ class PAB(LayerReuse):
     All intervals 1 give exactly the unaccelerated result. Works with and refuses what FORA does. Flux's single blocks have
     one projection for attention and feed-forward; with ``mlp`` 1 their attention alone is reused.
 
+    Measured as FORA was: on the demo DiT, whose attention is a third of the work, the defaults save 11 % (17.7 calls, 0.141
+    from the converged picture; 18 plain steps 0.146), which hardly repays the memory. On the demo UNet 3 %, 0.057 (0.042 with
+    ``order`` 1; 0.047 uncached). Long videos, where attention is most of the work, are what it is for; they were not measured.
+
     Source: Zhao et al. (2024), arXiv:2408.12588; windows as in VideoSys (t from 930 down to 100-450 of 1000).
     """
 

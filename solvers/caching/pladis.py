@@ -27,6 +27,9 @@ class PLADIS(Accelerator):
     prompt no weight at all. Masks are honoured, in both terms. The sparse term is computed in float32, by sorting the scores
     of each query, in slices that bound its memory: a few percent more time, more for long videos.
 
+    It is made for large text-to-image models. On the small demo UNet (8 steps, CFG 4) it did harm: at ``lam`` 2 half of the
+    pictures had the right colour and shape, at 1 five of eight, at 0.5 as many as without it, seven.
+
     ``lam`` 0 gives exactly the plain result. Where another pack replaces a cross-attention altogether (IP-Adapter), that layer
     stays dense. Models of joint attention have none to sharpen, and PixArt's hides from patches.
 

@@ -253,8 +253,14 @@ def test_the_work_of_a_unet_is_what_its_layers_multiply(settings):
     assert share < 0.95 and abs(last(on).work - share) < 0.01
 
 
-@pytest.mark.parametrize("settings", [FORA(interval=2, **EVERY_OTHER), TokenCache(interval=2, ratio=0.25, **EVERY_OTHER),
-                                      PAB(spatial=2, start_percent=0.0, end_percent=1.0, **EVERY_OTHER)], ids=lambda s: s.id)  # fmt: skip
+THREE = (
+    FORA(interval=2, **EVERY_OTHER),
+    TokenCache(interval=2, ratio=0.25, **EVERY_OTHER),
+    PAB(spatial=2, start_percent=0.0, end_percent=1.0, **EVERY_OTHER),
+)
+
+
+@pytest.mark.parametrize("settings", THREE, ids=lambda settings: settings.id)
 @pytest.mark.parametrize("name", ["sd3", "flux", "wan", "qwen"])
 def test_the_work_of_a_transformer_is_what_its_layers_multiply(settings, name):
     """Embeddings and modulations are not counted; of small networks they are a few percent."""
