@@ -4,9 +4,38 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import accelerate, accelerators, artifacts, compare, demo, front, samplers, schedules, stitch, usf
+from . import (
+    accelerate,
+    accelerators,
+    artifacts,
+    calibrate_blocks,
+    compare,
+    demo,
+    disa,
+    front,
+    linear_ag,
+    samplers,
+    schedules,
+    sensitivity,
+    stitch,
+    usf,
+)
 
-MODULES = (front, samplers, usf, schedules, accelerate, accelerators, stitch, compare, demo)
+MODULES = (
+    front,
+    samplers,
+    usf,
+    schedules,
+    accelerate,
+    accelerators,
+    calibrate_blocks,
+    linear_ag,
+    sensitivity,
+    disa,
+    stitch,
+    compare,
+    demo,
+)
 
 
 class QuickstepExtension(ComfyExtension):
