@@ -23,13 +23,14 @@ BLOCKS = {
     "comfy.ldm.flux.layers.DoubleStreamBlock": {"img_mlp": MLP, "txt_mlp": MLP},
     "comfy.ldm.flux.layers.SingleStreamBlock": {},
 }
-"""Block -> its layers that are modules of their own. What each of them returns is added to the hidden state, with a gate or
-without, so a zero in its place leaves the block's input as it is."""
+"""Block -> its layers that are modules of their own. What each of them returns is added to the hidden state, with a
+gate or without, so a zero in its place leaves the block's input as it is."""
 
 
 @dataclass(frozen=True)
 class Joint:
-    """The joint attentions of a block, which are no modules; for each, in order, the layers that only feed it, and those behind."""
+    """The joint attentions of a block, which are no modules; for each, in order, the layers that only feed it, and
+    those behind."""
 
     feeding: tuple[tuple[str, ...], ...]
     behind: tuple[tuple[str, ...], ...]
@@ -84,7 +85,8 @@ def at(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def blocks_of(network: nn.Module) -> list[Block]:
-    """The transformer blocks of ``network`` that are known here, in the order of its modules; refiners of the prompt left out."""
+    """The transformer blocks of ``network`` that are known here, in the order of its modules; refiners of the prompt
+    left out."""
     found = []
     for path, module in network.named_modules():
         names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]

@@ -1,4 +1,5 @@
-"""Reuse of attention and feed-forward layers: their modules, and joint attentions, get another ``forward`` while a call runs."""
+"""Reuse of attention and feed-forward layers: their modules, and joint attentions, get another ``forward`` while a call
+runs."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ GEOMETRY = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", 
 
 @dataclass(frozen=True)
 class Place:
-    """A transformer of a UNet. scale: how much smaller than the UNet's input it is. block: its name in ``transformer_options``."""
+    """A transformer of a UNet. scale: how much smaller than the UNet's input it is. block: its name in
+    ``transformer_options``."""
 
     module: SpatialTransformer
     scale: int

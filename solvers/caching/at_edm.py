@@ -1,4 +1,5 @@
-"""AT-EDM: tokens that attention finds unimportant are left out of a transformer's later layers and filled in at its end."""
+"""AT-EDM: tokens that attention finds unimportant are left out of a transformer's later layers and filled in at its
+end."""
 
 from __future__ import annotations
 
@@ -16,27 +17,30 @@ from .tracker import Position
 
 @dataclass(frozen=True)
 class ATEDM(Accelerator):
-    """Leaves unimportant tokens out of a UNet's transformers, after their first self-attention, and fills them in at the end.
+    """Leaves unimportant tokens out of a UNet's transformers, after their first self-attention, and fills them in at
+    the end.
 
-    For SDXL above all, whose transformers have many blocks; SD 1.x and 2.x save a little at large sizes. Keeps nothing between
-    calls, so it works with every sampler and with few steps; it blurs fine detail before it breaks anything.
+    For SDXL above all, whose transformers have many blocks; SD 1.x and 2.x save a little at large sizes. Keeps nothing
+    between calls, so it works with every sampler and with few steps; it blurs fine detail before it breaks anything.
 
     In every transformer of the UNet, the attention maps A^h of its first block rank the tokens: starting from s = 1,
 
     s_i <- sum_j A^h_ji s_j / sum_j s_j,        s_i = (mean_h (s^h_i)^2)^(1/2),
 
-    a weighted PageRank in which tokens count by the attention they get from tokens that count; the root mean square over
-    heads favours heads with sharp attention. Rows j are ``samples`` evenly spaced queries, not all, so no n x n map is made
-    and fast attention kernels stay in use. The ``ratio`` of tokens with the smallest s leaves. At the transformer's end, before
-    the next convolution, a token i that left gets the change of the kept token k it resembled most when it left:
+    a weighted PageRank in which tokens count by the attention they get from tokens that count; the root mean square
+    over heads favours heads with sharp attention. Rows j are ``samples`` evenly spaced queries, not all, so no n x n
+    map is made and fast attention kernels stay in use. The ``ratio`` of tokens with the smallest s leaves. At the
+    transformer's end, before the next convolution, a token i that left gets the change of the kept token k it resembled
+    most when it left:
 
     x_i + (y_k - x_k);
 
-    the paper copies y_k. In the first ``early`` part of the steps, whose attention says little yet, ``early_ratio`` leaves.
+    the paper copies y_k. In the first ``early`` part of the steps, whose attention says little yet, ``early_ratio``
+    leaves.
 
-    ``ratio`` and ``early_ratio`` 0 give exactly the plain result. Runs in which another pack patches attention inside a UNet
-    (IP-Adapter, regional prompts, perturbed attention, Tome, HyperTile) are left alone, as those know the tokens by
-    their place. Not for SVD and animation UNets, whose frames must keep the same tokens.
+    ``ratio`` and ``early_ratio`` 0 give exactly the plain result. Runs in which another pack patches attention inside a
+    UNet (IP-Adapter, regional prompts, perturbed attention, Tome, HyperTile) are left alone, as those know the tokens
+    by their place. Not for SVD and animation UNets, whose frames must keep the same tokens.
 
     Source: Wang, Liu, Kang, Li, Lin, Jha, Liu (2024), arXiv:2405.05218. Sampled queries and the copied change are ours.
     """

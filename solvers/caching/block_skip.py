@@ -20,8 +20,8 @@ KIND = "block-sensitivity"
 class Unit:
     """A part of a network that can be left out, its input passing on as if it were not there.
 
-    name: path of the module. whole: a transformer block, else a layer whose output is added to its input. work: its share of
-    the network's. scores: what its absence changes, at several noise levels.
+    name: path of the module. whole: a transformer block, else a layer whose output is added to its input. work: its
+    share of the network's. scores: what its absence changes, at several noise levels.
     """
 
     name: str
@@ -39,25 +39,27 @@ class BlockSkip(Accelerator):
     """Leaves out the layers or blocks of a network that change its result least, in the middle part of sampling.
 
     Needs scores made once for the model with Block Sensitivity. For UNets (attention and feed-forward layers of their
-    transformers) and diffusion transformers (whole blocks). Keeps nothing between calls, so it works with every sampler and with
-    few steps; a cache saves more for the same loss where it can be used.
+    transformers) and diffusion transformers (whole blocks). Keeps nothing between calls, so it works with every sampler
+    and with few steps; a cache saves more for the same loss where it can be used.
 
-    A unit's score is the relative squared change of the prediction without it, |d - d_u|^2 / |d|^2 with d = (x - D) / sigma,
-    the mean over three noise levels of a run. Units are left out in the order of score per work, as long as they come to no
-    more than ``budget`` of the network's work together; that the sum of scores predicts the change of all is the additivity
-    that LAPTOP-Diff relies on. It holds for a few units, not for many: the original methods train afterwards, this one does
-    not, so keep the budget small. First and last blocks, and what changes the number of channels, always stay.
+    A unit's score is the relative squared change of the prediction without it, |d - d_u|^2 / |d|^2 with d = (x - D) /
+    sigma, the mean over three noise levels of a run. Units are left out in the order of score per work, as long as they
+    come to no more than ``budget`` of the network's work together; that the sum of scores predicts the change of all is
+    the additivity that LAPTOP-Diff relies on. It holds for a few units, not for many: the original methods train
+    afterwards, this one does not, so keep the budget small. First and last blocks, and what changes the number of
+    channels, always stay.
 
-    Measured as FORA was, on the demo UNet: leaving out 4 % of the work costs 0.019 from the whole network's picture (0.055 from
-    the converged one instead of 0.047; 19 plain steps about 0.05), 8 % 0.137. So it does not beat taking fewer steps there; it is
-    of use where steps cannot be fewer, as with distilled models.
+    Measured as FORA was, on the demo UNet: leaving out 4 % of the work costs 0.019 from the whole network's picture
+    (0.055 from the converged one instead of 0.047; 19 plain steps about 0.05), 8 % 0.137. So it does not beat taking
+    fewer steps there; it is of use where steps cannot be fewer, as with distilled models.
 
-    ``budget`` 0 gives exactly the plain result. Parts that a cache on the same model takes care of (FORA, block caches), and
-    layers that another pack replaces, are not left out.
+    ``budget`` 0 gives exactly the plain result. Parts that a cache on the same model takes care of (FORA, block
+    caches), and layers that another pack replaces, are not left out.
 
     Raises ValueError without scores, or for those of another network.
 
-    Source: after Zhang et al. (2024), arXiv:2404.11098 (LAPTOP-Diff) and Castells et al. (2024), arXiv:2404.11936 (LD-Pruner).
+    Source: after Zhang et al. (2024), arXiv:2404.11098 (LAPTOP-Diff) and Castells et al. (2024), arXiv:2404.11936
+    (LD-Pruner).
     """
 
     id: ClassVar[str] = "BlockSkip"

@@ -15,16 +15,17 @@ from .layers import Broadcast, LayerReuse
 class FORA(LayerReuse):
     """Computes attention and feed-forward layers only every few calls and reuses their outputs in between.
 
-    For diffusion transformers (SD3, Flux, Chroma, HunyuanVideo, Qwen-Image, Lumina 2, Z-Image, Wan, LTX-Video, Cosmos-Predict2,
-    PixArt) and, for their transformer layers only, UNets. Where DeepCache or a block cache works on the model, those
-    are cheaper in memory: this one keeps two or three tensors per block.
+    For diffusion transformers (SD3, Flux, Chroma, HunyuanVideo, Qwen-Image, Lumina 2, Z-Image, Wan, LTX-Video,
+    Cosmos-Predict2, PixArt) and, for their transformer layers only, UNets. Where DeepCache or a block cache works on
+    the model, those are cheaper in memory: this one keeps two or three tensors per block.
 
-    With F_l the output of layer l before its gate g_l(t), a full call keeps F_l, and the next ``interval`` - 1 calls use
+    With F_l the output of layer l before its gate g_l(t), a full call keeps F_l, and the next ``interval`` - 1 calls
+    use
 
     h <- h + g_l(t) F_l(kept),
 
-    with fresh gates, modulations, embeddings, patches and ControlNet residuals. ``order`` 1 puts a straight line in half
-    log-SNR through the last two outputs instead. In UNets all convolutions stay.
+    with fresh gates, modulations, embeddings, patches and ControlNet residuals. ``order`` 1 puts a straight line in
+    half log-SNR through the last two outputs instead. In UNets all convolutions stay.
 
     ``interval`` 1 gives exactly the unaccelerated result. Calls are counted, not steps, so solvers of several calls
     per step keep one call in ``interval`` full. After noise is added in the middle of a run the next call is full.
@@ -32,10 +33,11 @@ class FORA(LayerReuse):
     IP-Adapter on its cross-attention) are computed, not reused. Not together with other caches inside the network,
     token reduction or torch.compile.
 
-    Measured with DPM-Solver++(2M), 20 steps, CFG 4, as RMS distance to the converged picture. Demo DiT: 0.142 uncached; at
-    interval 2, the work of 12.6 calls, 0.142 (12 plain steps 0.190); at 3, 9.9 calls, 0.149 (10 steps 0.204); at 5, 8 calls,
-    0.176 (8 steps 0.235). Demo UNet, whose transformers are an eighth of the work: 0.078 at interval 3 for 17.9 calls, where
-    18 plain steps have 0.053, so take DeepCache there. The straight line was worse than reuse on both (0.192 on the DiT at 3).
+    Measured with DPM-Solver++(2M), 20 steps, CFG 4, as RMS distance to the converged picture. Demo DiT: 0.142 uncached;
+    at interval 2, the work of 12.6 calls, 0.142 (12 plain steps 0.190); at 3, 9.9 calls, 0.149 (10 steps 0.204); at 5,
+    8 calls, 0.176 (8 steps 0.235). Demo UNet, whose transformers are an eighth of the work: 0.078 at interval 3 for
+    17.9 calls, where 18 plain steps have 0.053, so take DeepCache there. The straight line was worse than reuse on both
+    (0.192 on the DiT at 3).
 
     Source: Selvaraju et al. (2024), arXiv:2407.01425. The straight line is ours, after TaylorSeer (arXiv:2503.06923).
     """

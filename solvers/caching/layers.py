@@ -1,8 +1,8 @@
 """Attention and feed-forward layers that keep their outputs: what is reused in which call, and how much work that is.
 
-A *layer* here is what is added to the hidden state with one gate: the output of an attention (after its projection) or of a
-feed-forward network, before the gate. Where attention is joint and no module of its own, it is the attention itself, before
-the projections. Gates and modulations are always fresh.
+A *layer* here is what is added to the hidden state with one gate: the output of an attention (after its projection) or
+of a feed-forward network, before the gate. Where attention is joint and no module of its own, it is the attention
+itself, before the projections. Gates and modulations are always fresh.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from .store import BranchStore
 from .tracker import Position
 
 SELF, CROSS, TEMPORAL, MLP, FUSED = "self", "cross", "temporal", "mlp", "fused"
-"""Kinds of layers; ``FUSED`` is an attention and a feed-forward network with one output projection (Flux's single blocks)."""
+"""Kinds of layers; ``FUSED`` is an attention and a feed-forward network with one output projection (Flux's single
+blocks)."""
 KINDS = (SELF, CROSS, TEMPORAL, MLP, FUSED)
 
 FEW = 10
@@ -65,8 +66,8 @@ KEYS = {"k", "v", "to_k", "to_v", "k_proj", "v_proj", "kv_linear", "k_img", "v_i
 def layer_work(module: nn.Module, kind: str, own: float, other: float | None = None) -> float:
     """Multiply-adds of an attention or a feed-forward network for one row.
 
-    own: tokens of its stream. other: for ``CROSS`` tokens of the conditioning; for ``SELF`` those of the second stream of a
-    joint attention (its layers are called ``add_...``, ``to_add_...``), if there is one.
+    own: tokens of its stream. other: for ``CROSS`` tokens of the conditioning; for ``SELF`` those of the second stream
+    of a joint attention (its layers are called ``add_...``, ``to_add_...``), if there is one.
     """
     total, inner = 0.0, 0
     for name, part in module.named_modules():
@@ -105,8 +106,8 @@ def few(accelerator: Accelerator, run: Run) -> str | None:
 class LayerSession(Session):
     """Abstract: knows which kinds are due, counting calls since each was computed in full.
 
-    A kind with interval N is computed in one of N calls, counted from the last one in which it was; the first calls of a
-    run and of the window, and the last steps, compute everything.
+    A kind with interval N is computed in one of N calls, counted from the last one in which it was; the first calls of
+    a run and of the window, and the last steps, compute everything.
     """
 
     def __init__(self, settings: LayerReuse, run: Run, warmup: int, tail: int, anchors: int, limit: int, device: str):

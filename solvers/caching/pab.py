@@ -15,22 +15,24 @@ from .layers import CROSS, FUSED, MLP, SELF, TEMPORAL, Broadcast, LayerReuse
 class PAB(LayerReuse):
     """Reuses attention outputs for some calls: spatial attention briefly, cross-attention longest.
 
-    For video and image transformers (Wan, LTX-Video, Cosmos-Predict2, HunyuanVideo, Flux, SD3, Qwen-Image, Lumina 2 ...) and
-    UNets, in the middle part of sampling, where attention changes least. The more of the work is attention (long
-    videos), the more it saves.
+    For video and image transformers (Wan, LTX-Video, Cosmos-Predict2, HunyuanVideo, Flux, SD3, Qwen-Image, Lumina 2
+    ...) and UNets, in the middle part of sampling, where attention changes least. The more of the work is attention
+    (long videos), the more it saves.
 
-    Attention outputs, after the projection and before the gate, are computed in one of n calls and reused in the others;
-    n is ``spatial`` for self-attention and for the joint attention of text and image, ``temporal`` for attention along frames
-    only (SVD), ``cross`` for attention to the prompt, ``mlp`` for feed-forward layers. The paper's PAB246 is 2, 4, 6; PAB357
-    and PAB579 are faster. It broadcasts feed-forward outputs in chosen blocks only; ``mlp`` here is for all of them.
-    ``order`` 1 continues the trend of the last two outputs in a straight line, which the paper does not.
+    Attention outputs, after the projection and before the gate, are computed in one of n calls and reused in the
+    others; n is ``spatial`` for self-attention and for the joint attention of text and image, ``temporal`` for
+    attention along frames only (SVD), ``cross`` for attention to the prompt, ``mlp`` for feed-forward layers. The
+    paper's PAB246 is 2, 4, 6; PAB357 and PAB579 are faster. It broadcasts feed-forward outputs in chosen blocks only;
+    ``mlp`` here is for all of them. ``order`` 1 continues the trend of the last two outputs in a straight line, which
+    the paper does not.
 
-    All intervals 1 give exactly the unaccelerated result. Works with and refuses what FORA does. Flux's single blocks have
-    one projection for attention and feed-forward; with ``mlp`` 1 their attention alone is reused.
+    All intervals 1 give exactly the unaccelerated result. Works with and refuses what FORA does. Flux's single blocks
+    have one projection for attention and feed-forward; with ``mlp`` 1 their attention alone is reused.
 
-    Measured as FORA was: on the demo DiT, whose attention is a third of the work, the defaults save 11 % (17.7 calls, 0.141
-    from the converged picture; 18 plain steps 0.146), which hardly repays the memory. On the demo UNet 3 %, 0.057 (0.042 with
-    ``order`` 1; 0.047 uncached). Long videos, where attention is most of the work, are what it is for; they were not measured.
+    Measured as FORA was: on the demo DiT, whose attention is a third of the work, the defaults save 11 % (17.7 calls,
+    0.141 from the converged picture; 18 plain steps 0.146), which hardly repays the memory. On the demo UNet 3 %, 0.057
+    (0.042 with ``order`` 1; 0.047 uncached). Long videos, where attention is most of the work, are what it is for; they
+    were not measured.
 
     Source: Zhao et al. (2024), arXiv:2408.12588; windows as in VideoSys (t from 930 down to 100-450 of 1000).
     """

@@ -16,22 +16,22 @@ from .declared import END, START
 class PLADIS(Accelerator):
     """Makes a picture follow its prompt more closely by sharpening the attention to it, without further network calls.
 
-    For UNets, Wan, LTX-Video and Cosmos-Predict2, whose attention to the prompt is separate. Works without guidance too, so
-    also with distilled few-step models; with strong guidance take a smaller ``lam``.
+    For UNets, Wan, LTX-Video and Cosmos-Predict2, whose attention to the prompt is separate. Works without guidance
+    too, so also with distilled few-step models; with strong guidance take a smaller ``lam``.
 
     With scores S = Q K^T / sqrt(d), every cross-attention becomes
 
     ((1 - lam) softmax(S) + lam entmax_alpha(S)) V,
 
-    for lam > 1 an extrapolation beyond the sparse map. alpha 1.5 is exact entmax, 2 is sparsemax; both give most tokens of the
-    prompt no weight at all. Masks are honoured, in both terms. The sparse term is computed in float32, by sorting the scores
-    of each query, in slices that bound its memory: a few percent more time, more for long videos.
+    for lam > 1 an extrapolation beyond the sparse map. alpha 1.5 is exact entmax, 2 is sparsemax; both give most tokens
+    of the prompt no weight at all. Masks are honoured, in both terms. The sparse term is computed in float32, by
+    sorting the scores of each query, in slices that bound its memory: a few percent more time, more for long videos.
 
-    It is made for large text-to-image models. On the small demo UNet (8 steps, CFG 4) it did harm: at ``lam`` 2 half of the
-    pictures had the right colour and shape, at 1 five of eight, at 0.5 as many as without it, seven.
+    It is made for large text-to-image models. On the small demo UNet (8 steps, CFG 4) it did harm: at ``lam`` 2 half of
+    the pictures had the right colour and shape, at 1 five of eight, at 0.5 as many as without it, seven.
 
-    ``lam`` 0 gives exactly the plain result. Where another pack replaces a cross-attention altogether (IP-Adapter), that layer
-    stays dense. Models of joint attention have none to sharpen, and PixArt's hides from patches.
+    ``lam`` 0 gives exactly the plain result. Where another pack replaces a cross-attention altogether (IP-Adapter),
+    that layer stays dense. Models of joint attention have none to sharpen, and PixArt's hides from patches.
 
     Source: Kim, Sim (2025), arXiv:2503.07677; entmax: Peters, Niculae, Martins (2019), arXiv:1905.05702, algorithm 2.
     """

@@ -27,24 +27,24 @@ class SkipTuning(Accelerator):
     For UNets only. It saves nothing by itself: the point is to get by with fewer steps. Try ``rho_bottom`` between 0.7
     and 0.95; compare with 1. Works with every sampler, guider and cache.
 
-    Output block i of k + 1, counted from the deepest, joins the decoder's features u_i to the encoder's d_i. It gets rho_i d_i
-    instead of d_i,
+    Output block i of k + 1, counted from the deepest, joins the decoder's features u_i to the encoder's d_i. It gets
+    rho_i d_i instead of d_i,
 
     rho_i = rho_bottom + (rho_top - rho_bottom) i / k,
 
-    before they are concatenated. ``curve`` lets rho_i go to 1 in parts of the run: 1 + w(u) (rho_i - 1) with w(u) = 1, 1 - u,
-    sin(pi u) or u at the fraction u of the steps; the authors find intermediate noise levels to matter most.
+    before they are concatenated. ``curve`` lets rho_i go to 1 in parts of the run: 1 + w(u) (rho_i - 1) with w(u) = 1,
+    1 - u, sin(pi u) or u at the fraction u of the steps; the authors find intermediate noise levels to matter most.
 
-    Measured on the demo UNet with DPM-Solver++(2M) and CFG 4, RMS distance to the converged picture: at 8 steps 0.161 without,
-    0.153, 0.125, 0.114 with rho_bottom 0.9, 0.8, 0.7 (10 plain steps: 0.112), at 5 steps 0.223 without and 0.219, 0.216, 0.217:
-    it repairs part of what few steps lose, as long as there are some. rho_bottom 1.1 did harm; weakening the outermost skips too,
-    or by "early", "middle" and "late", gave less.
+    Measured on the demo UNet with DPM-Solver++(2M) and CFG 4, RMS distance to the converged picture: at 8 steps 0.161
+    without, 0.153, 0.125, 0.114 with rho_bottom 0.9, 0.8, 0.7 (10 plain steps: 0.112), at 5 steps 0.223 without and
+    0.219, 0.216, 0.217: it repairs part of what few steps lose, as long as there are some. rho_bottom 1.1 did harm;
+    weakening the outermost skips too, or by "early", "middle" and "late", gave less.
 
-    Both rho 1 give exactly the plain result. FreeU's scales come on top; ControlNet residuals are part of d_i and are weakened
-    too.
+    Both rho 1 give exactly the plain result. FreeU's scales come on top; ControlNet residuals are part of d_i and are
+    weakened too.
 
-    Source: Ma et al. (2024), arXiv:2402.15170, the rule for rho_i. Their rho differ by network and number of steps and are
-    tuned by FID, and could not be read; the default is our own, and so are the curves.
+    Source: Ma et al. (2024), arXiv:2402.15170, the rule for rho_i. Their rho differ by network and number of steps and
+    are tuned by FID, and could not be read; the default is our own, and so are the curves.
     """
 
     id: ClassVar[str] = "SkipTuning"

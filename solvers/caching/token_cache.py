@@ -17,25 +17,25 @@ from .layers import MLP, LayerReuse, LayerSession
 class TokenCache(LayerReuse):
     """Between full calls, computes feed-forward layers only for the tokens whose input changed most.
 
-    For the models that FORA works on. Attention stays whole, so the result stays closer to the full one than with FORA at the
-    same interval; but only feed-forward work is saved, about a half of a transformer's, and FORA at a smaller interval
-    did better for the same work.
+    For the models that FORA works on. Attention stays whole, so the result stays closer to the full one than with FORA
+    at the same interval; but only feed-forward work is saved, about a half of a transformer's, and FORA at a smaller
+    interval did better for the same work.
 
     With x_i the input of token i now and x_i' at its last refresh, the ``ratio`` of tokens with the largest
 
     s_i = |x_i - x_i'|^2
 
     are computed and put into the kept output, whose other tokens stay as they are. A token that is never chosen drifts
-    until it is: the score counts from its last refresh, which is what ToCa's staleness term is for. ToCa scores by attention
-    maps, DuCa by the norm of values; neither is needed here, and fast attention kernels stay in use. Scores take no
-    synchronisation with the device.
+    until it is: the score counts from its last refresh, which is what ToCa's staleness term is for. ToCa scores by
+    attention maps, DuCa by the norm of values; neither is needed here, and fast attention kernels stay in use. Scores
+    take no synchronisation with the device.
 
-    ``interval`` 1 gives exactly the unaccelerated result. Flux's single blocks have no feed-forward layer of their own and
-    stay whole. Keeps two tensors per layer. Works with and refuses what FORA does.
+    ``interval`` 1 gives exactly the unaccelerated result. Flux's single blocks have no feed-forward layer of their own
+    and stay whole. Keeps two tensors per layer. Works with and refuses what FORA does.
 
-    Measured as FORA was: demo DiT, interval 3, ratio 0.25, 15.1 calls, 0.157 from the converged picture (15 plain steps about
-    0.17); but FORA at interval 2 is nearer, 0.142, for 12.6 calls. The chosen tokens do help, 0.044 instead of 0.064 from the
-    uncached picture, only not enough for what they cost; ratio 0.5 gains nothing more. Take FORA first.
+    Measured as FORA was: demo DiT, interval 3, ratio 0.25, 15.1 calls, 0.157 from the converged picture (15 plain steps
+    about 0.17); but FORA at interval 2 is nearer, 0.142, for 12.6 calls. The chosen tokens do help, 0.044 instead of
+    0.064 from the uncached picture, only not enough for what they cost; ratio 0.5 gains nothing more. Take FORA first.
 
     Source: after Zou et al. (2024), arXiv:2410.05317 (ToCa) and arXiv:2412.18911 (DuCa); the score is ours.
     """

@@ -17,16 +17,18 @@ from .declared import END, START
 class ToDo(Accelerator):
     """Gives the self-attention of a UNet's outer blocks fewer keys and values, which is where large pictures cost most.
 
-    For SD 1.x, SD 2.x, SDXL at large sizes, where attention dominates: from about 1024 x 1024 (SD 1.x) or 1536 x 1536 (SDXL).
-    At a model's own size it saves little. Works with all samplers, also with few steps, and keeps nothing between calls.
+    For SD 1.x, SD 2.x, SDXL at large sizes, where attention dominates: from about 1024 x 1024 (SD 1.x) or 1536 x 1536
+    (SDXL). At a model's own size it saves little. Works with all samplers, also with few steps, and keeps nothing
+    between calls.
 
-    With tokens x on an h x w grid, attention computes softmax(Q(x) K(y)^T / sqrt(d)) V(y) with y = x on every ``factor``-th row
-    and column. Its cost falls by ``factor``^2, that of K and V too. ``keep`` says what the tokens that stay stand for:
-    "nearest" themselves, as in the paper; "mean" the average of their cell; "similar" the average of the tokens that
-    resemble them most, wherever they are (ToMe's matching, for keys and values only; costs a half of what it saves).
+    With tokens x on an h x w grid, attention computes softmax(Q(x) K(y)^T / sqrt(d)) V(y) with y = x on every
+    ``factor``-th row and column. Its cost falls by ``factor``^2, that of K and V too. ``keep`` says what the tokens
+    that stay stand for: "nearest" themselves, as in the paper; "mean" the average of their cell; "similar" the average
+    of the tokens that resemble them most, wherever they are (ToMe's matching, for keys and values only; costs a half of
+    what it saves).
 
-    ``factor`` 1 gives exactly the plain result. Where another pack replaces a self-attention or has changed the number of its
-    tokens (perturbed attention, HyperTile), that layer is left alone. With ComfyUI's Tome Patch Model both work.
+    ``factor`` 1 gives exactly the plain result. Where another pack replaces a self-attention or has changed the number
+    of its tokens (perturbed attention, HyperTile), that layer is left alone. With ComfyUI's Tome Patch Model both work.
 
     Source: Smith, Saxena, Saha (2024), arXiv:2402.13573; "similar" after Bolya, Hoffman (2023), arXiv:2303.17604.
     """
@@ -68,7 +70,7 @@ class ToDoSession(Windowed):
 
 
 def fewer(x: torch.Tensor, height: int, width: int, factor: int, keep: str) -> torch.Tensor:
-    """Tokens ``(rows, height * width, channels)`` on every ``factor``-th row and column of their grid, from the first."""
+    """Tokens ``(rows, height * width, channels)`` on every ``factor``-th row and column of their grid."""
     grid = x.view(len(x), height, width, -1)
     if keep == "nearest":
         return grid[:, ::factor, ::factor].flatten(1, 2)
