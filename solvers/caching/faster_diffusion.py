@@ -42,8 +42,10 @@ class FasterDiffusion(Accelerator):
     the paper's key steps, 9 of 50, save 27 % of SD 1.5's arithmetic and 36 % of SDXL's; the paper's 41 % of the time
     (1.8 times as fast) need a GPU that several decoder passes in one call (``parallel_batch``) use better than one.
 
-    The sampler's x has no part in a step without encoder, so nothing corrects an error before the next key step:
-    DeepCache is closer to the full result for the same work. Take this one with ControlNets that are expensive.
+    The sampler's x has no part in a step without encoder, so nothing corrects an error before the next key step. On this
+    pack's demo UNet (25 steps, Karras) the median relative error against the uncached picture was 0.029 with dpmpp_2m and
+    0.037 with Euler for interval 2, and 0.15 for the paper's key steps; 20 plain steps, no more work than either, had
+    0.003 and 0.009. So for the picture take fewer steps or DeepCache; take this one where a ControlNet is expensive.
 
     ``parallel_batch`` gives the same result as one after the other, up to rounding. It wants a sampler that calls the
     network once per step and at the given times, room for the larger batch, and no patches inside the network, which

@@ -41,14 +41,19 @@ class FeatureInheritance(Accelerator):
     """Lets blocks, layers or single attentions of a UNet take over their result of an earlier step.
 
     For SD 1.x, SD 2.x, SDXL and other UNets. ``interval`` 1 gives exactly the unaccelerated result. Calls are counted, not
-    steps. Inheriting everything but the outer ring as whole blocks is DeepCache without forecast; layers and units save less
-    and keep the fresh input.
+    steps. Inheriting whole blocks is DeepCache without forecast, ``fresh`` being its depth + 1; layers and units save less
+    and are computed on the fresh input around them.
+
+    On this pack's demo UNet (25 steps of dpmpp_2m, Karras, interval 2) the median relative error against the uncached
+    picture was 0.012 for blocks, worth 18.7 calls, 0.012 for layers, worth 20.0, 0.010 for units, worth 22.9; 18 and 20
+    plain steps had 0.006 and 0.003. With Euler layers had 0.013, 20 plain steps 0.009. So fewer steps are better there,
+    and DeepCache is. ``mode`` "in turn" evens out the time that calls take, at two to five times the error.
 
     Only the paper's summary was at hand: the three levels are its own, and so is taking over from an adjacent step; which
     parts inherit, and the two modes, are choices of this pack. Its claim: 40 % faster.
 
-    Attention whose input or output another pack patches (IP-Adapter, token merging) is computed at the level of units. Parts
-    of other packs' replacements are never called, so they are not inherited either.
+    Units of attention are computed where another pack patches what goes into or comes out of attention (token merging);
+    what another pack replaces (IP-Adapter) is not called and cannot inherit.
     """
 
     id: ClassVar[str] = "FeatureInheritance"
@@ -71,8 +76,10 @@ class FeatureInheritance(Accelerator):
     )
     mode: str = param(
         "together",
-        "together: all parts are computed in the same calls; in turn: every call computes some and inherits the others.",
+        "together: all parts are computed in the same calls. in turn: every call computes some and inherits the others; "
+        "further off.",
         options=("together", "in turn"),
+        advanced=True,
     )
     start_percent: float = START()
     end_percent: float = END()

@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from quickstep_under_test.nodes import attach
 from quickstep_under_test.nodes.sites.unet_inheritance import feature_inheritance, places
 from quickstep_under_test.solvers.caching.accelerator import Plan, Run
+from quickstep_under_test.solvers.caching.deepcache import DeepCache
 from quickstep_under_test.solvers.caching.feature_inheritance import LEVELS, FeatureInheritance
 from quickstep_under_test.solvers.report import Forward
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,6 +166,15 @@ def test_a_run(model, mode, inherit):
     assert (report.calls, report.full) == (9, 5 if mode == "together" else 2) and 0.4 < report.work < 1
     off = attach.attach(model, FeatureInheritance(inherit=inherit, mode=mode, interval=1))
     assert torch.equal(M.sample(off, "heun", 5), M.sample(model, "heun", 5)) and last(off).cache_bytes == 0
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_inheriting_whole_blocks_is_deepcache_without_forecast(model, depth):
+    blocks = FeatureInheritance(inherit="blocks", interval=3, fresh=depth + 1, warmup=1, tail=0)
+    ring = DeepCache(interval=3, depth=depth, warmup=1, forecast_order="0")
+    on, other = attach.attach(model, blocks), attach.attach(model, ring)
+    assert torch.equal(M.sample(on, steps=9), M.sample(other, steps=9))
+    assert last(on).work == pytest.approx(last(other).work) and last(on).partial == 6
 
 
 def test_an_unknown_branch_is_computed(model):
