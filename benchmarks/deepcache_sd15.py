@@ -1,11 +1,15 @@
-"""DeepCache on a UNet of Stable Diffusion 1.5's real size: seconds, arithmetic and memory, with it and without.
+"""DeepCache and encoder propagation on a UNet of Stable Diffusion 1.5's real size: seconds, arithmetic and memory.
 
     COMFYUI_PATH=... python benchmarks/deepcache_sd15.py [--size 64] [--steps 6] [--batch 1] [--cfg 1] [--repeats 1]
+        [--parallel 4]
+
+Encoder propagation has the paper's key steps, its decoder passes one by one and ``--parallel`` at a time.
 
 The weights are random (speed does not depend on them), fp32, on the CPU unless ``--device cuda``. In every repeat the
 uncached run comes first and last and the cached ones between, so that a machine that gets slower or faster does so for
 both; a speedup is a ratio within one repeat, the table has the median. The arithmetic is counted by torch in one full
 and one partial network pass; ``expected`` is the speedup that follows from it alone, for the calls that were made.
+"Skipped" answers of a parallel pass count in its arithmetic, which is therefore the same.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ def arguments():
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 5])
+    parser.add_argument("--parallel", type=int, default=4, help="decoder passes in one call, for encoder propagation")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
@@ -57,6 +62,7 @@ def main() -> None:
     import torch
     from quickstep_benchmark.nodes import attach
     from quickstep_benchmark.solvers.caching.deepcache import DeepCache
+    from quickstep_benchmark.solvers.caching.faster_diffusion import FasterDiffusion
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.set_num_threads(given.threads)
@@ -119,13 +125,28 @@ def main() -> None:
     )
     plain = attach.measure(model)
     one = flops(plain, 1)
-    pair = attach.attach(model, DeepCache(interval=2, depth=given.depth, warmup=1))
-    fraction = flops(pair, 2) / one - 1  # a full and a partial call
-    print(f"One call: {one / 1e9:.0f} GFLOP; a partial call is {100 * fraction:.1f}% of it.\n", flush=True)
-
-    models = {
-        n: attach.attach(model, DeepCache(interval=n, depth=given.depth, warmup=given.warmup)) for n in given.intervals
-    }
+    ring, decoder = (  # what a partial call costs: a full and a partial one, less the full one
+        flops(attach.attach(model, settings), 2) / one - 1
+        for settings in (
+            DeepCache(interval=2, depth=given.depth, warmup=1),
+            FasterDiffusion(key_steps="list", steps="0"),
+        )
+    )
+    print(
+        f"One call: {one / 1e9:.0f} GFLOP; a partial call of DeepCache is {100 * ring:.1f}% of it, the decoder alone "
+        f"{100 * decoder:.1f}%.\n",
+        flush=True,
+    )
+    fractions, models = {}, {}
+    for n in given.intervals:
+        models[f"DeepCache, interval {n}"] = DeepCache(interval=n, depth=given.depth, warmup=given.warmup)
+        fractions[f"DeepCache, interval {n}"] = ring
+    keys = ", ".join(map(str, sorted(FasterDiffusion().keys(given.steps))))
+    for many in (1, given.parallel):
+        label = f"encoder propagation, key steps {keys}, {many} at a time"
+        models[label] = FasterDiffusion(key_steps="list", steps=keys, parallel_batch=many)
+        fractions[label] = decoder
+    models = {n: attach.attach(model, settings) for n, settings in models.items()}
     ratios = {n: [] for n in models}
     for repeat in range(given.repeats):
         order = list(models) if repeat % 2 == 0 else list(models)[::-1]
@@ -135,10 +156,10 @@ def main() -> None:
         for n, report in reports.items():
             ratios[n].append(seconds / report.seconds)
     print(f"Uncached: {seconds:.2f} s.\n")
-    print("| interval | full + partial calls | seconds | speedup | expected | work, counted | work, reported | cache |")
+    print("| method | full + partial calls | seconds | speedup | expected | work, counted | work, reported | cache |")
     print("|---|---|---|---|---|---|---|---|")
     for n, report in reports.items():
-        done = (report.full + report.partial * fraction) / report.calls
+        done = (report.full + report.partial * fractions[n]) / report.calls
         print(
             f"| {n} | {report.full} + {report.partial} | {report.seconds:.2f} | {statistics.median(ratios[n]):.2f} "
             f"| {1 / done:.2f} | {100 * done:.1f}% | {100 * report.work:.1f}% | {report.cache_bytes / 2**20:.1f} MB |"
