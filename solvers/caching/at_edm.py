@@ -21,7 +21,8 @@ class ATEDM(Accelerator):
     the end.
 
     For SDXL above all, whose transformers have many blocks; SD 1.x and 2.x save a little at large sizes. Keeps nothing
-    between calls, so it works with every sampler and with few steps; it blurs fine detail before it breaks anything.
+    between calls, so it works with every sampler. It changes a picture more than a cache that saves as much: try those
+    first.
 
     In every transformer of the UNet, the attention maps A^h of its first block rank the tokens: starting from s = 1,
 
@@ -41,6 +42,10 @@ class ATEDM(Accelerator):
     ``ratio`` and ``early_ratio`` 0 give exactly the plain result. Runs in which another pack patches attention inside a
     UNet (IP-Adapter, regional prompts, perturbed attention, Tome, HyperTile) are left alone, as those know the tokens
     by their place. Not for SVD and animation UNets, whose frames must keep the same tokens.
+
+    Measured as FORA was, on the demo UNet, whose transformers are shallow and see 64 tokens at most: 2.8 % of the work
+    saved, 0.078 from the whole network's picture (0.089 from the converged one instead of 0.047), 0.140 without sparing
+    the first steps. Fewer steps are better there, by far; SDXL was not measured.
 
     Source: Wang, Liu, Kang, Li, Lin, Jha, Liu (2024), arXiv:2405.05218. Sampled queries and the copied change are ours.
     """

@@ -30,6 +30,10 @@ class ToDo(Accelerator):
     ``factor`` 1 gives exactly the plain result. Where another pack replaces a self-attention or has changed the number
     of its tokens (perturbed attention, HyperTile), that layer is left alone. With ComfyUI's Tome Patch Model both work.
 
+    Measured as FORA was, on the demo UNet, which is far too small to profit: 1.2 % of the work saved, 0.015 from the
+    whole network's picture with "nearest", 0.014 with "mean", 0.020 with "similar", which repays its cost nowhere in
+    this test.
+
     Source: Smith, Saxena, Saha (2024), arXiv:2402.13573; "similar" after Bolya, Hoffman (2023), arXiv:2303.17604.
     """
 
