@@ -4,7 +4,7 @@ CFG 4, 20 steps, dpmpp_2m; the schedule is Karras on the UNets and Beta on the D
 pixels in [-1, 1], to those of the last network alone from the same noise. Early steps decide about the layout, so an error
 of the size of "100 %" (the other network alone) need not be a worse picture: "right" is the share of pictures whose
 colour and shape the judge reads as asked. Seconds are CPU time of all calls together. A call of the small UNet costs
-0.3 of the UNet's in this size (1.2 M and 4.6 M parameters); the pairs with the DiT are about conversion, not about speed.
+0.45 of the UNet's here (1.2 M and 4.6 M parameters); the pairs with the DiT are about conversion, not about speed.
 
     python benchmarks/stitch.py [unet_small-unet unet-dit dit-unet] [--pictures 32] [--steps 20]
 """

@@ -708,6 +708,15 @@ def test_wrappers_see_the_real_sampler(exact):
     assert seen == [(attach.sampler_name(how), attach.stochastic(how), attach.adaptive(how))] * 2
 
 
+def test_two_guiders_of_one_network_each_keep_their_callbacks(exact):
+    """ComfyUI asks the network which of its patchers is at work."""
+    turns, models = [], [exact[0].clone(), exact[0].clone()]
+    for k, model in enumerate(models):
+        model.add_callback_with_key("on_prepare_state", "test", lambda *unused, k=k: turns.append(k))
+    sample(stitched(*map(guider, models), fraction=3 / 7))
+    assert turns == [0] * 3 + [1] * 4
+
+
 def test_a_stage_that_computes_nothing_is_not_entered(exact, monkeypatch):
     small, large = exact
     loads = spied(monkeypatch)
