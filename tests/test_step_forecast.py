@@ -142,6 +142,26 @@ def test_modes():
     assert made(mode="budget", share=0.05).count("F") == 4  # what warmup and tail ask for
 
 
+@pytest.mark.parametrize("domain", ["d", "x0"])
+def test_along_the_steps_a_line_is_forecast_exactly(domain):
+    """``coordinate`` step and ``domain``: what is linear in the number of the step is forecast exactly, off the grid too."""
+    grid = times(VE, 20)
+
+    def network(x, t):
+        i = next(i for i in range(20) if grid[i + 1] < t * 1.000001 and t <= grid[i] * 1.000001)
+        line = torch.full_like(x, 10.0 + i + (grid[i] - t) / (grid[i] - grid[i + 1]))
+        return line if domain == "x0" else x - t * line
+
+    given = dict(mode="interval", domain=domain, gain=1.0, adapt=False, interval=4, tail=0)
+    whole = Sampled(StepForecast(tol=0.0), grid=grid, network=network)
+    run = Sampled(StepForecast(coordinate="step", **given), grid=grid, network=network)
+    assert run.full < 10 and distance(run, whole) < 1e-9
+    uneven = Sampled(
+        StepForecast(coordinate="log-snr", **{**given, "domain": "x0" if domain == "d" else "d"}), network=network
+    )
+    assert distance(uneven, whole) > 1e-3
+
+
 def test_the_window_is_kept():
     settings = StepForecast(mode="interval", interval=10, warmup=1, tail=0)
     grid = times(VE, 20)

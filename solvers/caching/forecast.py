@@ -58,19 +58,6 @@ def lagrange(order: int) -> Weights:
     return weights
 
 
-def damped(whole: Weights, gain: float) -> Weights:
-    """Between reuse (gain 0) and ``whole`` (gain 1).
-
-    Networks are rougher than their ODE: the difference of two anchors contains noise, which a full extrapolation
-    multiplies. HiCache's Hermite polynomials do this too: its first-order term is the line with gain 0.5.
-    """
-
-    def weights(at: float, nodes: Sequence[float]) -> list[float]:
-        return [gain * w + (1 - gain) * r for w, r in zip(whole(at, nodes), reuse(at, nodes), strict=True)]
-
-    return weights
-
-
 def taylor(order: int) -> Weights:
     """TaylorSeer's: f = sum_i D_i k^i / i!, k the distance from the newest anchor, D_i = (D_{i-1} - older D_{i-1}) / gap.
 
@@ -126,6 +113,9 @@ class Gain:
 
     A step s = f - F_0 towards a value that turned out to be F is best scaled by <s, F - F_0> / <s, s>; gamma is the mean of
     these, each older one counting half, and of ``prior``, which counts twice. Stays on the device.
+
+    Networks are rougher than their ODE: the difference of two anchors contains noise, which a full step multiplies. HiCache's
+    Hermite polynomials damp too: their first-order term is the line with gamma 0.5.
     """
 
     def __init__(self, prior: float, adapt: bool = True):
@@ -143,9 +133,11 @@ class Gain:
         s, f = step.flatten(1), truth.flatten(1)
         square = s.square().sum(1)
         best = torch.where(square > 0.0, (s * f).sum(1) / square, self.prior)
-        same = self._sum is not None and self._sum.shape == best.shape and self._sum.device == best.device
-        self._sum = best + 0.5 * self._sum if same else best
-        self._count = 1.0 + 0.5 * self._count if same else 1.0
+        old = self._sum
+        if old is not None and old.shape == best.shape and old.device == best.device:
+            self._sum, self._count = best + 0.5 * old, 1.0 + 0.5 * self._count
+        else:
+            self._sum, self._count = best, 1.0
 
     def scale(self, step: torch.Tensor) -> torch.Tensor:
         """The part of ``step`` to go."""
