@@ -13,8 +13,8 @@ demo:         ## pictures and the comparison table, into output/
 serve:        ## the real interface on http://127.0.0.1:8188 (PORT=...), with the pack and its demo model
 	@$(BED) run python -m demo.server $(PORT)
 
-test:         ## all tests; ARGS="tests/test_exponential.py -k order" for some
-	@$(BED) --tests run pytest $(ARGS)
+test:         ## all tests, on two cores; ARGS="tests/test_exponential.py -k order" for some
+	@$(BED) --tests run pytest $(or $(ARGS),-n 2 --dist loadgroup)
 
 test-matrix:  ## the smoke tests on every supported ComfyUI
 	@$(BED) matrix

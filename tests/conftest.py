@@ -20,6 +20,12 @@ def pytest_configure(config):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside: like Ctrl-C, fixtures clean up
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "server" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("server"))  # one process has them all, and so the only server
+
+
 @pytest.fixture(scope="session")
 def server():
     """The one real ComfyUI server of the session, with the pack in it. Fails, never skips, without COMFYUI_PATH."""

@@ -58,6 +58,15 @@ def lagrange(order: int) -> Weights:
     return weights
 
 
+def damped(whole: Weights, gain: float) -> Weights:
+    """Between reuse (gain 0) and ``whole`` (gain 1); see ``Gain``, which measures it, for why."""
+
+    def weights(at: float, nodes: Sequence[float]) -> list[float]:
+        return [gain * w + (1 - gain) * r for w, r in zip(whole(at, nodes), reuse(at, nodes), strict=True)]
+
+    return weights
+
+
 def taylor(order: int) -> Weights:
     """TaylorSeer's: f = sum_i D_i k^i / i!, k the distance from the newest anchor, D_i = (D_{i-1} - older D_{i-1}) / gap.
 
