@@ -8,6 +8,7 @@ from quickstep_under_test.solvers.caching.forecast import (
     bounded,
     chebyshev,
     combine,
+    damped,
     distinct,
     lagrange,
     reuse,
@@ -19,6 +20,7 @@ KINDS = {
     "reuse": reuse,
     **{f"lagrange{m}": lagrange(m) for m in range(4)},
     **{f"taylor{m}": taylor(m) for m in range(4)},
+    "damped": damped(lagrange(2), 0.5),
     "chebyshev": chebyshev(4, (0.0, 2.0)),
 }
 
@@ -71,6 +73,10 @@ def test_taylor_reproduces_the_published_recursion_and_its_error():
     square = sum(a * c**2 for a, c in zip(w, [0.0, 3.0, 6.0], strict=True))
     assert square - 64.0 == pytest.approx(-k * 3.0)  # a parabola is missed by k N
     assert taylor(1)(8.0, [0.0, 3.0, 6.0]) == pytest.approx(lagrange(1)(8.0, [0.0, 3.0, 6.0]))
+
+
+def test_damped_goes_part_of_the_way():
+    assert damped(lagrange(1), 0.25)(2.0, [0.0, 1.0]) == pytest.approx([-0.25, 1.25])
 
 
 def test_chebyshev_fits_a_smooth_curve_and_is_a_line_with_few_anchors():

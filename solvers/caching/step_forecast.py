@@ -44,9 +44,9 @@ class StepForecast(WholeCalls):
 
     Measured on the demo networks, 4 pictures, CFG 4, dpmpp_2m, RMS distance to the same run without it; in brackets as many
     plain steps instead, and ComfyUI's LazyCache. UNet, 20 steps: 13 calls 0.008 (0.030, 0.12), 11 calls 0.013, budget 0.5 0.018
-    (0.051); 30 steps: 14 calls 0.011 (0.022 at 15), 10 calls 0.026 (0.054). DiT, 20 steps: 12 calls 0.014 (0.077 at 13), 9 calls 0.030
-    (0.092 at 10); 30 steps: 14 calls 0.015 (0.080 at 15). Below half the calls the gain over fewer steps shrinks, to 1.3 to 2
-    times at a third.
+    (0.051); 30 steps: 14 calls 0.011 (0.022 at 15), 10 calls 0.026 (0.054). DiT, 20 steps: 12 calls 0.014 (0.077 at 13),
+    9 calls 0.030 (0.092 at 10); 30 steps: 14 calls 0.015 (0.080 at 15). Below half the calls the gain over fewer steps
+    shrinks, to 1.3 to 2 times at a third.
 
     What did not help: order 2 (7 to 10 times worse: networks are rougher than their ODE), whole lines (1.5 to 2 times worse on
     networks, best on exact denoisers; hence the measured gamma), repeating, forecasts of D, other coordinates than lambda, the mean
