@@ -127,7 +127,7 @@ class OptimizeSchedule(io.ComfyNode):
     The file lies in ComfyUI's models/quickstep folder: *Found Schedule* uses it, here or elsewhere. Interrupt at any time: the
     best so far is in the file, and ``resume`` goes on from it.
 
-    Deterministic Quickstep samplers only, and no accelerators on the model: they see other networks calls here than later.
+    Deterministic Quickstep samplers only, and no accelerators on the model, which would see other runs here than later.
     """
 
     @classmethod

@@ -141,7 +141,7 @@ def in_words(found: Artifact) -> str:
         lines.append("The search was stopped before its result was measured on samples kept aside.")
     if found.kind == SCHEDULE:
         lines.append(
-            "Use it with that sampler and number of steps; other prompts are served as well, others CFG scales less."
+            "Use it with that sampler and number of steps; other prompts are served as well, other CFG scales less."
         )
     if found.kind == fitted.KIND:
         lines.append("Use Fitted solver and Found Schedule with this file; for other CFG scales fit again.")

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 
@@ -69,13 +70,14 @@ class Pursuit:
         run = self.search.run()
         for _ in run:
             yield
-            if self.search.stage == "search" and self.left() <= 0.0:
+            if self.search.base is not None and self.search.stage != "report" and self.left() <= 0.0:
                 break
         else:
             return
         yield from self.search.close()
 
     def _show(self) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
         now = time.monotonic()
         value = min(999, int(1000 * (1.0 - self.left())))
         if now - self.seen < _PREVIEW or not self.search.trials:
@@ -164,7 +166,8 @@ def schedules(process: ForwardProcess, curves: dict[str, list[float]]):
     """Schedules in log signal-to-noise, where models of all kinds can be compared."""
     series = []
     for name, times in curves.items():
-        shown = [(i, process.lam(t)) for i, t in enumerate(times) if t > 0.0 and process.alpha(t) > 0.0]
+        finite = [t if process.alpha(t) > 0.0 else 0.999 * t for t in times if t > 0.0]  # pure noise is at -infinity
+        shown = [(i, process.lam(t)) for i, t in enumerate(finite)]
         series.append((name, [i for i, _ in shown], [lam for _, lam in shown]))
     return plot.line_plot(series, "Schedule", "step", "lambda = log(alpha / sigma)")
 

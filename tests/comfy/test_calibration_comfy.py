@@ -1,0 +1,238 @@
+"""Optimize Schedule, Fit Solver, Found Schedule, Inspect Calibration: in a real ComfyUI, on models whose answer is known."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sample
+import folder_paths
+import pytest
+import torch
+from quickstep_under_test.nodes import artifacts, calibration, calibration_run
+from quickstep_under_test.nodes.attach import attach
+from quickstep_under_test.nodes.bridge import process_of, sampler
+from quickstep_under_test.nodes.calibration import FitSolver, OptimizeSchedule
+from quickstep_under_test.nodes.calibration_found import FoundSchedule, InspectCalibration
+from quickstep_under_test.nodes.calibration_samples import samples
+from quickstep_under_test.nodes.samplers import NODES
+from quickstep_under_test.solvers.adaptive import DPMSolverAdaptive
+from quickstep_under_test.solvers.artifact import Artifact, load, save
+from quickstep_under_test.solvers.caching.deepcache import DeepCache
+from quickstep_under_test.solvers.calibration.fitted import KIND, FittedSolver
+from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
+
+from . import models
+
+CONDITION = models.conditioning(1)
+KINDS = ["flow", "eps", "zsnr"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, artifacts.FOLDER, ([str(tmp_path)], set()))
+    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
+
+
+def given(kind="flow", *, model=None, batch=3, steps=4, count=4, minutes=5.0, name="mine", cfg=1.0) -> dict:
+    return dict(
+        model=model or models.gaussian(kind, std=0.7), positive=CONDITION, negative=CONDITION,
+        latent={"samples": models.latent(batch)}, cfg=cfg, steps=steps, samples=count, minutes=minutes, seed=5, name=name,
+    )  # fmt: skip
+
+
+def schedule(solver=None, **options):
+    extra = {key: options.pop(key) for key in ("loss", "resume", "prompts") if key in options}
+    with torch.inference_mode():
+        return OptimizeSchedule.execute(**given(**options), sampler=sampler(solver or DDIM()), **extra).args
+
+
+def fit(**options):
+    extra = {key: options.pop(key) for key in ("memory", "resume", "sigmas", "prompts") if key in options}
+    with torch.inference_mode():
+        return FitSolver.execute(**given(**options), **extra).args
+
+
+def error(kind: str, how, sigmas) -> float:
+    """RMS distance to the exact end of the flow: data N(1/2, 0.7^2), noise of another seed."""
+    model = models.gaussian(kind, std=0.7)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(77))
+    top = float(model.get_model_object("model_sampling").sigma_max)
+    start = noise * (1.0 if kind == "flow" else (1.0 + top**2) ** 0.5)
+    alpha = 0.0 if kind == "flow" else 1.0
+    exact = 0.5 + (start - alpha * 0.5) * 0.7 / (top**2 + alpha * 0.7**2) ** 0.5
+    with torch.inference_mode():
+        made = comfy.sample.sample_custom(
+            model, noise, 1.0, how, sigmas, CONDITION, CONDITION, torch.zeros_like(noise), disable_pbar=True, seed=0
+        )
+    return float((made - exact).square().mean().sqrt())
+
+
+def test_schemas(folder):
+    ids = [node.GET_SCHEMA().node_id for node in calibration.NODES]
+    assert ids == [
+        f"Quickstep_{name}" for name in ("OptimizeSchedule", "FitSolver", "FoundSchedule", "InspectCalibration")
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_schedule_is_found_kept_and_used(folder, kind):
+    sigmas, curve, drawing, report = schedule(kind=kind, minutes=0.3)
+    process = process_of(models.gaussian(kind))
+    assert sigmas.dtype == torch.float32 and len(sigmas) == 5 and sigmas[-1] == 0.0
+    assert float(sigmas[0]) == pytest.approx(process.t_max, rel=1e-6) and (sigmas.diff() < 0).all()
+    assert curve.shape == drawing.shape == (1, 600, 960, 3)
+    plain = calibration.starts(process, 4, DDIM()).values()
+    usual = min(error(kind, sampler(DDIM()), torch.tensor(plan.times)) for plan in plain)
+    assert error(kind, sampler(DDIM()), sigmas) < 0.9 * usual
+    (file,) = folder.iterdir()
+    found = load(file, calibration_run.SCHEDULE)
+    then = found.found_for
+    assert file.name == "mine.json" and then.solver == "DDIM" and then.steps == 4 and then.cfg == 1.0
+    assert then.loss_after < then.loss_before and then.model and then.process == ("flow" if kind == "flow" else "ve")
+    assert f"{then.loss_after:.4f} after" in report and "mine.json" in report
+    again, about = FoundSchedule.execute("mine.json", models.gaussian(kind, std=0.7)).args
+    assert torch.equal(again, sigmas) and "DDIM" in about and "4" in about
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_solver_is_fitted_kept_and_used(folder, kind):
+    how, sigmas, *_ = fit(kind=kind, minutes=0.3)
+    process = process_of(models.gaussian(kind))
+    plain = calibration.starts(process, 4, FittedSolver()).values()
+    usual = min(error(kind, sampler(DPMSolverPP()), torch.tensor(plan.times)) for plan in plain)
+    assert error(kind, how, sigmas) < 0.3 * usual
+    assert load(folder / "mine.json", KIND).table["weights"] == how.solver.weights
+    node = next(n for n in NODES if n.GET_SCHEMA().node_id == "Quickstep_FittedSolver")
+    fresh = node.execute(calibration="mine.json", elsewhere="refuse").args[0]
+    same, _ = FoundSchedule.execute("mine.json").args
+    assert error(kind, fresh, same) == error(kind, how, sigmas)
+    with pytest.raises(ValueError, match="connect the sigmas of the same file"):
+        error(kind, fresh, torch.cat([same[:1], same[1:-1] * 0.9, same[-1:]]))
+
+
+def test_weights_alone_keep_the_sigmas(folder):
+    sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+    how, same, *_ = fit(sigmas=sigmas, memory=4, steps=99)
+    assert torch.allclose(same, sigmas) and max(map(len, how.solver.weights)) == 4
+    with pytest.raises(ValueError, match="must run from 1 to 0"):
+        fit(sigmas=sigmas[1:])
+
+
+@pytest.mark.parametrize("run", [schedule, fit])
+def test_stopped_by_the_user_it_keeps_the_best_and_goes_on_later(folder, monkeypatch, run):
+    show, seen = calibration_run.Pursuit._show, []
+
+    def stop(self):
+        show(self)
+        seen.append(self)
+        if len(self.search.trials) > 8:
+            comfy.model_management.interrupt_current_processing()
+
+    monkeypatch.setattr(calibration_run.Pursuit, "_show", stop)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run()
+    comfy.model_management.interrupt_current_processing(False)
+    monkeypatch.setattr(calibration_run.Pursuit, "_show", show)
+    (file,) = folder.iterdir()
+    stopped = load(file)
+    assert stopped.found_for.loss_before is None and stopped.table["select_after"] <= stopped.table["select_before"]
+    assert "stopped before" in InspectCalibration.execute("mine.json").args[1]
+    assert all(s.search.trajectories is None for s in seen if hasattr(s.search, "trajectories"))
+    run(resume="mine.json", minutes=0.2)
+    again = load(folder / "mine_2.json")
+    assert again.table["select_after"] <= stopped.table["select_after"] * (1 + 1e-6)
+    with pytest.raises(ValueError, match="is not for 6 steps"):
+        run(resume="mine.json", steps=6)
+
+
+def test_time_ends_it_with_a_report(folder):
+    sigmas, *_, report = schedule(minutes=0.05, steps=6, count=16)
+    assert len(sigmas) == 7 and "kept aside" in report
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_very_few_steps(folder, steps):
+    for made in (schedule(steps=steps, minutes=0.1)[0], fit(steps=steps, minutes=0.1)[1]):
+        assert len(made) == steps + 1
+
+
+def test_a_model_of_one_picture_leaves_everything_as_it_is(folder):
+    model = models.gaussian("flow", std=0.0)
+    how, _, *_, report = fit(model=model)
+    assert "Nothing better" in report and how.solver.weights[0] == [1.0]
+    assert "Nothing better" in schedule(model=model, name="other")[-1]
+
+
+def test_what_cannot_be_calibrated_is_refused(folder):
+    for solver, words in ((DDIM(eta=1.0), "adds noise"), (DPMSolverAdaptive(), "chooses its own steps")):
+        with pytest.raises(ValueError, match=words):
+            schedule(solver)
+    with pytest.raises(ValueError, match="DeepCache is on the model"):
+        schedule(model=attach(models.unet(), DeepCache()))
+    with pytest.raises(ValueError, match="plain file name"):
+        schedule(name="../outside")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_file_for_another_model_is_one_sentence(folder):
+    schedule(minutes=0.05)
+    with pytest.raises(
+        ValueError, match=r"Found Schedule: mine.json is for another model. It was found for a flow model"
+    ):
+        FoundSchedule.execute("mine.json", models.gaussian("eps"))
+    with pytest.raises(ValueError, match="found for a BaseModel, and this is a Flux"):
+        FoundSchedule.execute("mine.json", models.flux())
+    said = FoundSchedule.execute("mine.json", with_gain(models.gaussian("flow", std=0.7))).args[1]
+    assert ("other weights" in said) is False  # one number is no weight matrix: the fingerprint does not see it
+    with pytest.raises(ValueError, match="choose a file"):
+        FoundSchedule.execute(artifacts.NONE)
+    save(folder / "ratios.json", Artifact("dc_ratios", {"ratios": [1.0, 0.9]}))
+    with pytest.raises(ValueError, match="dc_ratios, which has no sigmas"):
+        FoundSchedule.execute("ratios.json")
+
+
+def with_gain(model):
+    with torch.no_grad():
+        model.model.diffusion_model.gain.fill_(0.9)
+    return model
+
+
+def test_anything_can_be_inspected(folder):
+    fit(minutes=0.05, name="solver")
+    schedule(minutes=0.05, name="sigmas")
+    save(folder / "ratios.json", Artifact("dc_ratios", {"ratios": [1.0, 0.9]}))
+    save(folder / "odd.json", Artifact("odd", {"x": "y"}))
+    for name, words in (
+        ("solver", "A fitted sampler"),
+        ("sigmas", "Sigmas of a schedule"),
+        ("ratios", "dc_ratios"),
+        ("odd", "odd"),
+    ):
+        image, text = InspectCalibration.execute(f"{name}.json").args
+        assert image.shape == (1, 600, 960, 3) and text.startswith(words)
+
+
+def test_samples_are_the_same_at_any_batch_size_and_never_shared():
+    seen = {}
+    for batch in (1, 4):
+        set_ = samples(
+            models.gaussian("eps"),
+            [CONDITION, models.conditioning(2)],
+            CONDITION,
+            {"samples": models.latent(batch)},
+            1.0,
+            3,
+        )
+        cohorts = set_.split(6)
+        assert [len(c.batches) for c in cohorts] == ([6, 3, 3] if batch == 1 else [2, 2, 2])
+        seen[batch] = [torch.cat([b(lambda problem, x: x.clone()) for b in c.batches]) for c in cohorts]
+    for ones, fours in zip(seen[1], seen[4], strict=True):
+        assert torch.equal(ones, fours)
+    every = torch.cat(seen[1]).flatten(1)
+    assert len(torch.unique(every, dim=0)) == 12
+
+
+def test_more_prompts_take_turns(folder):
+    sigmas = schedule(model=models.unet(), prompts={"prompt0": models.conditioning(3)}, cfg=4.0, minutes=0.05)[0]
+    assert len(sigmas) == 5
