@@ -43,11 +43,11 @@ def test_scales_of_1_are_plain():
 
 
 UNITS = [Unit("a", False, 0.10, (1.0, 3.0)), Unit("b", False, 0.04, (0.1, 0.1)), Unit("c", False, 0.05, (0.1, 0.3)),
-         Unit("d", False, 0.0, (0.0,))]  # fmt: skip
+         Unit("d", False, 0.0, (0.0,)), Unit("e", False, 0.005, (0.05,))]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("budget", "expected"), [(0.0, ""), (0.03, ""), (0.05, "b"), (0.09, "bc"), (0.14, "bc"), (0.19, "bca")]
+    ("budget", "expected"), [(0.0, ""), (0.003, ""), (0.05, "be"), (0.09, "bc"), (0.14, "bce"), (0.195, "bcea")]
 )
 def test_the_cheapest_change_per_work_goes_first_within_the_budget(budget, expected):
     assert "".join(unit.name for unit in choose(UNITS, budget)) == expected

@@ -79,7 +79,7 @@ def fewer(x: torch.Tensor, height: int, width: int, factor: int, keep: str) -> t
     if keep == "nearest":
         return grid[:, ::factor, ::factor].flatten(1, 2)
     if keep == "mean":
-        cells = F.avg_pool2d(grid.movedim(-1, 1), factor, ceil_mode=True, count_include_pad=False)
+        cells = F.avg_pool2d(grid.movedim(-1, 1), factor, ceil_mode=True)
         return cells.flatten(2).movedim(1, 2)
     # Which tokens stay is known without the device: a mask there would have to be counted.
     index = torch.arange(height * width).view(height, width)
