@@ -9,7 +9,7 @@ from pathlib import Path
 from _hardware import hardware
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("orders", "overhead", "demo_table", "deepcache_sd15")
+NAMES = ("orders", "overhead", "demo_table", "deepcache_sd15", "stitch")
 
 
 def main() -> int:

@@ -15,12 +15,8 @@ OURS = {"solvers", "nodes", "demo", "tests"}
 # nodes/ speaks ComfyUI; of the rest only what describes or trains the demo's networks may.
 SPEAKS_COMFYUI = {"demo/networks.py", "demo/text.py", "demo/train.py", "demo/evaluate.py"}
 SCRIPTS = {"demo/train.py", "demo/evaluate.py", "nodes/docs.py"}  # started by name, so some absolute imports
-TRANSLATORS = (
-    "nodes/bridge.py",
-    "nodes/attach.py",
-    "nodes/stitch.py",
-    "nodes/sites/",
-)  # sites: attach's hooks by level
+# sites: attach's hooks by level; stitch: runs of several models; calibrate: what looks into a run of the model.
+TRANSLATORS = ("nodes/bridge.py", "nodes/attach.py", "nodes/sites/", "nodes/stitch", "nodes/calibrate_")
 BUDGET = 2000  # calls of functions per node
 
 
