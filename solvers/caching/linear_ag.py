@@ -38,6 +38,11 @@ class LinearAG(Accelerator):
     past steps and also on its own predictions; here only on the last few and on what the network said, which is what a
     run knows for sure.
 
+    Measured on our small DiT, 24 steps, 0.75 of the work, calibrated on 8 pictures, the distance to full guidance
+    (median of 4) is 0.017 to 0.057, where Guidance Cache, which needs no calibration, has 0.008 to 0.034. The fit is
+    better than reuse on runs kept aside (by a tenth to a fifth, with one step in four computed by half), but a line in
+    log-SNR is better still.
+
     Without a calibration, on another schedule, or with a sampler that calls the network several times per step, it
     does nothing and says so. A calibration for another model or guidance scale is used, with a warning.
 

@@ -133,14 +133,14 @@ def test_residuals_lie_where_they_belong():
     """A residual that says where it is, cut and moved with the picture."""
     rows = torch.arange(8.0).view(1, 1, 8, 1).expand(2, 3, 8, 8)
     control = {"output": [None, rows], "middle": [rows[..., ::4, ::4]]}
-    box = (slice(8, 16), slice(0, 8))
+    box = (slice(4, 12), slice(0, 8))
     cut = site._cut_control(control, (16, 16), box)
-    assert cut["output"][0] is None and cut["output"][1][0, 0, :, 0].tolist() == [4, 5, 6, 7]
-    assert cut["middle"][0][0, 0].tolist() == [[4.0]] and cut["output"][1].shape == (2, 3, 4, 4)
+    assert cut["output"][0] is None and cut["output"][1][0, 0, :, 0].tolist() == [2, 3, 4, 5]
+    assert cut["middle"][0][0, 0].tolist() == [[0.0]] and cut["output"][1].shape == (2, 3, 4, 4)
     moved = site._moved(control, (16, 16), (8, 0))
     assert moved["output"][1][0, 0, :, 0].tolist() == [4, 5, 6, 7, 0, 1, 2, 3] and moved["output"][0] is None
     cut["output"][1].add_(1)
-    assert rows[0, 0, 4, 0] == 4
+    assert rows[0, 0, 2, 0] == 2
     with pytest.raises(ValueError, match="works on tokens"):
         site._cut_control({"output": [torch.zeros(1, 64, 8)]}, (16, 16), box)
 
