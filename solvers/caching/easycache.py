@@ -40,7 +40,7 @@ class EasyCachePaper(WholeCalls):
     """
 
     id: ClassVar[str] = "EasyCachePaper"
-    title: ClassVar[str] = "EasyCache (paper)"
+    title: ClassVar[str] = "EasyCache as Published"
     paper: ClassVar[str] = "Zhou et al. (2025), arXiv:2507.02860"
 
     tau: float = param(0.05, "How much the output may be expected to have changed before it is computed; more is faster.",
