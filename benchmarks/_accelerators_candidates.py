@@ -78,7 +78,7 @@ QUALITY = [
     *sweep("MagCache"),
     *sweep("MagCache", threshold=0.12, K=4),
     *sweep("TaylorSeer", interval=[2, 3, 5]),
-    *sweep("TaylorSeer", interval=3, order=2),
+    *sweep("TaylorSeer", interval=3, order=1),
     *sweep("DeltaDiT", interval=[2, 3]),
     # layers and tokens
     *sweep("FORA", interval=[2, 3], order=[0, 1]),

@@ -76,11 +76,12 @@ def said(r: Record, ratios: dict) -> str:
     if r["work"] is None:
         return "work unknown"
     if idle(r):
-        return "did nothing"
+        return "; ".join(["did nothing", *r["notes"]])
+    words = {"better": "better than", "worse": "worse than", "equal": "equal to", "mixed": "mixed against"}
     steps = verdict(*(ratios[PLAIN, k] for k in KINDS))
     caches = [[x for x in (ratios[EASY, k], ratios[LAZY, k]) if x is not None] for k in KINDS]
     core = verdict(*(max(xs, default=None) for xs in caches))
-    return f"{steps} than fewer steps" + ("" if core == "-" else f", {core} than core")
+    return ", ".join(f"{words[w]} {name}" for w, name in ((steps, "fewer steps"), (core, "core")) if w in words)
 
 
 # ---- pages -------------------------------------------------------------------------------------------------------------
@@ -221,8 +222,10 @@ def overall(cells: dict[Cell, list[Record]]) -> list[str]:
             + " | ".join(both(label, name) for name in BASELINES)
             + f" | {said(typical, pooled)} |"
         )
+    lines += ["", "Not run:", ""] if failed else []
     for why, methods in failed.items():
-        lines += ["", f"Not run: {', '.join(sorted(methods))} ({why})"]
+        reason = why.removeprefix("ValueError: ").partition(";")[0]
+        lines.append(f"- {', '.join(sorted(methods))}: {reason}")
     return lines
 
 

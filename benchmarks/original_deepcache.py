@@ -5,7 +5,8 @@
 
 Stable Diffusion 1.5's UNet with random weights, once in ComfyUI's and once in diffusers' code (the tensors are the same
 memory, named by ComfyUI's own table). Either is sampled with Euler on the same sigmas from the same noise, without guidance,
-plain and cached. Their ``cache_branch_id`` counts as our ``depth``; both compute every ``interval``-th call in full, and ours does not forecast here.
+plain and cached. Their ``cache_branch_id`` counts as our ``depth``; both compute every ``interval``-th call in full,
+and ours does not forecast here.
 The package patches ``forward`` of the pipeline's blocks, so a stand-in of a pipeline is all it needs; it is no requirement of
 this project. Writes ``results/accelerators_original.md``, and says there why if the comparison could not be made.
 """

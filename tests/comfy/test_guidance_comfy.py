@@ -13,7 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from quickstep_under_test.nodes import artifacts, attach
-from quickstep_under_test.nodes.linear_ag import CalibrateLinearAG
+from quickstep_under_test.nodes.calibrate_linear_ag import CalibrateLinearAG
 from quickstep_under_test.solvers.artifact import load
 from quickstep_under_test.solvers.caching.adaptive_guidance import AdaptiveGuidance
 from quickstep_under_test.solvers.caching.guidance_cache import GuidanceCache

@@ -10,7 +10,8 @@ import comfy.supported_models as families
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from quickstep_under_test.nodes import artifacts, attach, sensitivity
+from quickstep_under_test.nodes import artifacts, attach
+from quickstep_under_test.nodes import calibrate_sensitivity as sensitivity
 from quickstep_under_test.solvers.artifact import Artifact, load
 from quickstep_under_test.solvers.caching.block_skip import KIND, BlockSkip
 from quickstep_under_test.solvers.caching.fora import FORA
