@@ -23,7 +23,6 @@ from .bridge import Sampler, process_from
 from .sites.blocks import blocks
 from .sites.evaluation import evaluation
 from .sites.guidance import guidance
-from .sites.modules import modules
 from .sites.parts import parts
 from .sites.tiles import tiles
 from .sites.tokens import tokens
@@ -58,7 +57,6 @@ SITES: dict[str, Site] = {
     "modules": Site(parts),
     "tokens": Site(tokens),
     "tuning": Site(tuning),
-    "modules": Site(modules),
 }
 
 log = logging.getLogger("quickstep")
