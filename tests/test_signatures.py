@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 from quickstep_under_test.solvers import library as lib
 from quickstep_under_test.solvers import schedules as sc
-from quickstep_under_test.solvers.caching.deepcache import DeepCache
+from quickstep_under_test.solvers.caching.library import ACCELERATORS
 from quickstep_under_test.solvers.method import params, parts
+from quickstep_under_test.solvers.stitch import Alternate, TStitch, TStitchModel
 
 PUBLISHED = {
     lib.DDIM: ["eta", "s_noise", "noise"],
@@ -65,19 +66,6 @@ PUBLISHED = {
     lib.Churn: ["solver", "S_churn", "S_tmin", "S_tmax", "S_noise"],
     lib.Restart: ["solver", "preset", "segments", "S_noise"],
     lib.Switch: ["solver", "inside", "start_percent", "end_percent"],
-    DeepCache: [
-        "interval",
-        "depth",
-        "schedule",
-        "center",
-        "power",
-        "start_percent",
-        "end_percent",
-        "warmup",
-        "max_cache_mb",
-        "cache_device",
-        "forecast_order",
-    ],
     sc.KarrasSchedule: ["rho", "shift", "space", "sigma_cut"],
     sc.ExponentialSchedule: ["shift", "space", "sigma_cut"],
     sc.PolyexponentialSchedule: ["rho", "shift", "space", "sigma_cut"],
@@ -88,6 +76,47 @@ PUBLISHED = {
     sc.AlignYourSteps: ["table", "shift"],
     sc.RecipeSchedule: ["end", "shift", "sigma_cut"],
 }
+
+
+ACCELERATING = {
+    "StepForecast": "mode tol share interval order gain adapt forecast max_skip flex schedule domain coordinate start_percent end_percent warmup tail",
+    "EasyCachePaper": "tau repeat start_percent end_percent warmup tail",
+    "SADA": "max_interval coefficients lagrange_term lagrange_int middle start_percent end_percent warmup tail",
+    "AdaptiveDiffusion": "threshold max_skip start_percent end_percent warmup tail",
+    "DeepCache": "interval depth schedule center power start_percent end_percent warmup max_cache_mb cache_device forecast_order",
+    "FasterDiffusion": "key_steps interval steps parallel_batch noise_injection inject_below start_percent end_percent max_cache_mb cache_device",
+    "FeatureInheritance": "inherit interval fresh mode start_percent end_percent warmup tail max_cache_mb cache_device",
+    "FirstBlockCache": "threshold max_consecutive forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "DBCache": "threshold Fn Bn max_consecutive forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "TeaCache": "calibration threshold polynomial max_consecutive forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "MagCache": "calibration threshold K start_percent end_percent warmup tail max_cache_mb cache_device",
+    "TaylorSeer": "interval order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "DeltaDiT": "interval share b forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "FORA": "interval order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "PAB": "spatial cross temporal mlp order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "TokenCache": "interval ratio start_percent end_percent warmup tail max_cache_mb cache_device",
+    "ToDo": "factor levels keep start_percent end_percent",
+    "ATEDM": "ratio early_ratio early levels samples start_percent end_percent",
+    "GuidanceCache": "interval policy warmup tail start_percent end_percent",
+    "AdaptiveGuidance": "threshold policy start_percent end_percent",
+    "LinearAG": "calibration start_percent end_percent",
+    "GuidanceWindow": "start_percent end_percent",
+    "FasterCFG": "interval low high turn radius start_percent end_percent",
+    "SeamlessTiles": "tile max_shift fill reset_every overlap seed start_percent end_percent",
+    "SkipTuning": "rho_bottom rho_top curve start_percent end_percent",
+    "PLADIS": "lam alpha start_percent end_percent",
+    "BlockSkip": "calibration budget start_percent end_percent",
+    "TStitch": "fraction by memory fraction_2 fraction_3",
+    "TStitchModel": "fraction by memory",
+    "Alternate": "pattern memory",
+}
+
+
+@pytest.mark.parametrize("method", (*ACCELERATORS, TStitch, TStitchModel, Alternate), ids=lambda m: m.id)
+def test_parameters_of_accelerators_are_only_appended(method):
+    names = [p.name for p in (*parts(method), *params(method))]
+    published = ACCELERATING[method.id].split()
+    assert names[: len(published)] == published
 
 
 @pytest.mark.parametrize("method", PUBLISHED, ids=lambda m: m.id)
