@@ -79,16 +79,22 @@ PUBLISHED = {
 
 
 ACCELERATING = {
-    "StepForecast": "mode tol share interval order gain adapt forecast max_skip flex schedule domain coordinate start_percent end_percent warmup tail",
+    "StepForecast": "mode tol share interval order gain adapt forecast "
+    "max_skip flex schedule domain coordinate start_percent end_percent warmup tail",
     "EasyCachePaper": "tau repeat start_percent end_percent warmup tail",
     "SADA": "max_interval coefficients lagrange_term lagrange_int middle start_percent end_percent warmup tail",
     "AdaptiveDiffusion": "threshold max_skip start_percent end_percent warmup tail",
-    "DeepCache": "interval depth schedule center power start_percent end_percent warmup max_cache_mb cache_device forecast_order",
-    "FasterDiffusion": "key_steps interval steps parallel_batch noise_injection inject_below start_percent end_percent max_cache_mb cache_device",
+    "DeepCache": "interval depth schedule center power "
+    "start_percent end_percent warmup max_cache_mb cache_device forecast_order",
+    "FasterDiffusion": "key_steps interval steps parallel_batch noise_injection "
+    "inject_below start_percent end_percent max_cache_mb cache_device",
     "FeatureInheritance": "inherit interval fresh mode start_percent end_percent warmup tail max_cache_mb cache_device",
-    "FirstBlockCache": "threshold max_consecutive forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
-    "DBCache": "threshold Fn Bn max_consecutive forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
-    "TeaCache": "calibration threshold polynomial max_consecutive forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",
+    "FirstBlockCache": "threshold max_consecutive forecast_order start_percent "
+    "end_percent warmup tail max_cache_mb cache_device",
+    "DBCache": "threshold Fn Bn max_consecutive forecast_order "
+    "start_percent end_percent warmup tail max_cache_mb cache_device",
+    "TeaCache": "calibration threshold polynomial max_consecutive forecast_order "
+    "start_percent end_percent warmup tail max_cache_mb cache_device",
     "MagCache": "calibration threshold K start_percent end_percent warmup tail max_cache_mb cache_device",
     "TaylorSeer": "interval order start_percent end_percent warmup tail max_cache_mb cache_device",
     "DeltaDiT": "interval share b forecast_order start_percent end_percent warmup tail max_cache_mb cache_device",

@@ -34,6 +34,8 @@ class WholeCalls(Accelerator):
     def off(self, run: Run) -> str | None:
         if run.both_sides:
             return f"{run.sampler} reads the unconditional prediction too, which a call that is not made does not give"
+        if run.sampler == "ar_video":
+            return "ar_video counts what the network itself remembers of every call, so none can be left out"
         if run.stochastic:
             return (
                 "the sampler adds noise, which no forecast foresees; use a sampler without noise, or an accelerator of the "
