@@ -52,8 +52,8 @@ GOAL_INPUTS = [
 class Accelerate(io.ComfyNode):
     """Accelerates a model by a target instead of knobs: it tries what fits this model, and takes what is best for the target.
 
-    The first run with a model, sampler, number of steps and CFG samples one picture with every recipe that could meet the
-    target, about ten runs, next to the uncached one and to plain runs with fewer steps. What it measured is kept in
+    The first run with a model, sampler, number of steps and CFG samples one picture with every recipe that the model
+    takes, about ten runs, next to the uncached one and to plain runs with fewer steps. What it measured is kept in
     ComfyUI's models/quickstep folder and used from then on, for other targets too; *Acceleration plan* uses it on
     another machine. ``report`` says what was chosen, what it costs, and what simply taking fewer steps would have done: where
     that is better, it says so.
@@ -130,13 +130,12 @@ class Accelerate(io.ComfyNode):
             seed=seed,
         )
         path = _path(known)
-        wanted = 1.0 / speed_up if goal == GOALS[0] else 0.2
         trials = []
         if os.path.exists(path) and not measure_again:
             found = load(path, budget.KIND)
             trials = budget.from_table(found.table) if _same(found.found_for, known) else []
         if not trials:
-            trials = _measured(Bench(model, positive, negative, one, seed, cfg), sampler, sigmas, wanted)
+            trials = _measured(Bench(model, positive, negative, one, seed, cfg), sampler, sigmas)
             save(path, Artifact(budget.KIND, budget.to_table(trials), {}, known), overwrite=True)
         made, text = chosen(model, trials, goal, speed_up, max_error)
         show_text(cls, text)
@@ -207,18 +206,18 @@ def chosen(model, trials: list[Trial], goal: str, speed_up: float, max_error: fl
     return model, "\n".join(lines)
 
 
-def _measured(bench: Bench, sampler, sigmas: torch.Tensor, most_work: float) -> list[Trial]:
+def _measured(bench: Bench, sampler, sigmas: torch.Tensor) -> list[Trial]:
     """All trials: plain runs with fewer steps, and every recipe that this model takes."""
     whole = Contender("uncached", sampler, sigmas)
-    mounted = {}
+    mounted = set()
     for accelerator in budget.ACCELERATORS:
         try:
             attach(bench.model, accelerator())
-            mounted[accelerator.id] = None
+            mounted.add(accelerator.id)
         except ValueError:
             continue
     tried = []
-    for parts in budget.recipes(list(mounted), most_work):
+    for parts in budget.recipes(mounted):
         model = bench.model
         for part in parts:
             model = attach(model, budget.made(part))

@@ -7,7 +7,7 @@ recipe is chosen, for the least error within a budget of work or for the least w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,9 +67,9 @@ def label(part: Part) -> str:
     return f"{part[0]}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in part[1].items())})"
 
 
-def recipes(usable: Sequence[str], most_work: float) -> list[tuple[Part, ...]]:
-    """The recipes to try: those made of ``usable`` accelerators only that may come below ``most_work`` of the work."""
-    return [tuple(parts) for least, parts in RECIPES if least <= most_work and all(name in usable for name, _ in parts)]
+def recipes(usable: Container[str]) -> list[tuple[Part, ...]]:
+    """The recipes to try, whatever the target, as they are kept for the next one: those of ``usable`` accelerators only."""
+    return [parts for parts in RECIPES if all(name in usable for name, _ in parts)]
 
 
 def useful(trials: Sequence[Trial]) -> list[Trial]:

@@ -65,18 +65,18 @@ ACCELERATORS: tuple[type[Accelerator], ...] = (
 _FORECAST = {share: ("StepForecast", {"mode": "budget", "share": share}) for share in (0.75, 0.6, 0.5, 0.35)}
 _GUIDANCE = ("GuidanceCache", {"interval": 3})
 
-RECIPES: tuple[tuple[float, tuple[tuple[str, dict[str, Any]], ...]], ...] = (
-    (0.75, (_FORECAST[0.75],)),
-    (0.50, (_FORECAST[0.5],)),
-    (0.35, (_FORECAST[0.35],)),
-    (0.55, (("DeepCache", {"interval": 2}),)),
-    (0.40, (("DeepCache", {"interval": 3}),)),
-    (0.55, (("TaylorSeer", {"interval": 2}),)),
-    (0.40, (("TaylorSeer", {"interval": 3}),)),
-    (0.35, (("TeaCache", {}),)),
-    (0.70, (_GUIDANCE,)),
-    (0.45, (_FORECAST[0.6], _GUIDANCE)),
-    (0.40, (("DeepCache", {"interval": 2}), _GUIDANCE)),
-    (0.40, (("TaylorSeer", {"interval": 2}), _GUIDANCE)),
+RECIPES: tuple[tuple[tuple[str, dict[str, Any]], ...], ...] = (
+    (_FORECAST[0.75],),
+    (_FORECAST[0.5],),
+    (_FORECAST[0.35],),
+    (("DeepCache", {"interval": 2}),),
+    (("DeepCache", {"interval": 3}),),
+    (("TaylorSeer", {"interval": 2}),),
+    (("TaylorSeer", {"interval": 3}),),
+    (("TeaCache", {}),),
+    (_GUIDANCE,),
+    (_FORECAST[0.6], _GUIDANCE),
+    (("DeepCache", {"interval": 2}), _GUIDANCE),
+    (("TaylorSeer", {"interval": 2}), _GUIDANCE),
 )
-"""``(least share of the work it may come to, ((accelerator id, settings), ...))``."""
+"""Each ``((accelerator id, settings), ...)``."""

@@ -10,6 +10,7 @@ from quickstep_under_test.nodes.accelerate import Accelerate, AccelerationPlan, 
 from quickstep_under_test.nodes.attach import attach, on
 from quickstep_under_test.nodes.bridge import process_of, sampler
 from quickstep_under_test.nodes.fingerprint import fingerprint
+from quickstep_under_test.solvers.caching import budget
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
 from quickstep_under_test.solvers.exponential import DDIM, SDEDPMSolverPP
 from quickstep_under_test.solvers.schedules import ExponentialSchedule
@@ -61,6 +62,13 @@ def test_it_measures_once_and_chooses_for_every_target(shapes, folder, monkeypat
         AccelerationPlan.execute(other, file.name, "speed-up", 1.3, 0.1)
     with pytest.raises(ValueError, match="no plan is chosen"):
         AccelerationPlan.execute(other, artifacts.NONE, "speed-up", 1.3, 0.1)
+
+
+@pytest.mark.parametrize("target", [{"goal": "fidelity", "max_error": 10.0}, {"speed_up": 5.0}], ids=str)
+def test_whatever_the_first_target_every_recipe_is_tried(shapes, folder, monkeypatch, target):
+    monkeypatch.setattr(budget, "RECIPES", budget.RECIPES[2:5:2])
+    model, text = accelerated(shapes, **target)
+    assert on(model) and "StepForecast" in text and "DeepCache" in text
 
 
 def test_other_steps_and_samplers_are_measured_anew(shapes, folder):
