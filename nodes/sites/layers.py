@@ -27,6 +27,10 @@ BLOCKS = {
 gate or without, so a zero in its place leaves the block's input as it is."""
 
 
+PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch")
+"""What other packs change attention with: token merging hands a UNet's layers other tokens in every step."""
+
+
 @dataclass(frozen=True)
 class Joint:
     """The joint attentions of a block, which are no modules; for each, in order, the layers that only feed it, and

@@ -25,7 +25,7 @@ from ...solvers.caching.layers import (
 )
 from ...solvers.caching.work import block_work
 from .branches import branch_names, with_hooks
-from .layers import Block, at, blocks_of, known_blocks, once_per_network
+from .layers import PATCHES, Block, at, blocks_of, known_blocks, once_per_network
 from .scoped import scoped
 
 OVERRIDE = "optimized_attention_override"
@@ -69,17 +69,19 @@ class _Pass:
         """How many of them have been."""
         self.outer = options.get(OVERRIDE)
         # Another pack's patch would see placeholders where queries and keys should be.
-        self.watched = bool(options.get("patches", {}).get("attn1_patch"))
+        patches = options.get("patches", {})
+        self.watched = bool(patches.get("attn1_patch"))
+        self.unet = hasattr(network, "input_blocks")
+        self.moved = self.unet and any(patches.get(name) for name in PATCHES)
+        """Whether attention may get other tokens than in the call before, so that none of it is reused."""
         self.options = {**options, OVERRIDE: self.attention}
 
     def overrides(self, blocks: list[Block]) -> dict[nn.Module, Callable]:
-        unet = hasattr(self.network, "input_blocks")
-        made: dict[nn.Module, Callable] = self.sized() if unet else {}
+        made: dict[nn.Module, Callable] = self.sized() if self.unet else {}
         for block in blocks:
             for layer, module in block.layers:
-                if (
-                    self.settings.every(layer.kind) > 1 or not unet
-                ):  # of others, the layers are the work to compare with
+                # Of what is no UNet, the layers are the work to compare with.
+                if self.settings.every(layer.kind) > 1 or not self.unet:
                     made[module] = self.layer(layer, module)
                 self.along_frames |= layer.kind == TEMPORAL
             if block.joint is None:
@@ -122,7 +124,7 @@ class _Pass:
 
     def run(self, layer: Layer, compute: Callable, x: torch.Tensor):
         """What the layer returns, and the share of its work that was computed."""
-        if self.settings.every(layer.kind) == 1:
+        if self.settings.every(layer.kind) == 1 or (self.moved and layer.kind != MLP):
             return compute(x), 1.0
         return self.session.run_layer(layer, self.branches, compute, x)
 

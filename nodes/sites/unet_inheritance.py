@@ -16,14 +16,13 @@ from ...solvers.caching.accelerator import Plan
 from ...solvers.caching.feature_inheritance import FeatureInheritance, InheritanceSession
 from ...solvers.caching.work import inner_work, part_work
 from .branches import branch_names, with_hooks
+from .layers import PATCHES
 from .scoped import scoped
 from .unet_walk import record_share, unet_of
 
 COMPUTED = ("in_layers", "emb_layers", "out_layers")
 """The parts of a ResBlock that are left out where it inherits: all but the skip."""
 ATTENTION = ("attn1", "attn2")
-PATCHES = ("attn1_patch", "attn1_output_patch", "attn2_patch", "attn2_output_patch")
-"""What other packs change attention with: token merging hands it other tokens in every step."""
 
 
 @dataclass(frozen=True)

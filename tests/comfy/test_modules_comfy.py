@@ -189,6 +189,29 @@ def test_placeholders_are_not_shown_to_a_patch_of_queries_and_keys():
     assert len(seen) == 10 and min(seen) > 0.0
 
 
+@pytest.mark.parametrize(("settings", "same"), [(PAB(spatial=2, cross=2, start_percent=0.0, end_percent=1.0,
+                                                     **EVERY_OTHER), True),
+                                                (FORA(interval=2, **EVERY_OTHER), False)], ids=["PAB", "FORA"])  # fmt: skip
+def test_tokens_that_another_pack_moves_are_not_taken_from_the_call_before(settings, same):
+    """Token merging gives a UNet's attention its tokens in another order in every call."""
+    orders = []
+
+    def mix(q, context, value, options):
+        orders.append(torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(len(orders))))
+        return q[:, orders[-1]], context, value
+
+    def back(out, options):
+        return out[:, orders[-1].argsort()]
+
+    (_, a), (plan, b) = Same("unet", settings, patches={"attn1_patch": [mix], "attn1_output_patch": [back]})()
+    assert plan is Plan.PARTIAL and float((a - b).norm() / a.norm()) < 1e-6
+    model = model_of("unet").clone()
+    model.set_model_attn1_patch(mix)
+    model.set_model_attn1_output_patch(back)
+    made, plain = sample(attach.attach(model, settings), "unet"), sample(model, "unet")
+    assert (float((made - plain).norm() / plain.norm()) < 1e-5) == same  # feed-forward layers are reused all the same
+
+
 def test_each_kind_has_its_own_interval():
     model = model_of("wan")
     on = attach.attach(model, PAB(spatial=2, cross=4, mlp=1, start_percent=0.0, end_percent=1.0, **EVERY_OTHER))
