@@ -155,6 +155,31 @@ def test_the_first_pass_decides_for_the_others():
         assert session.hit(["a", "b"], both, CPU) is None  # the larger change of the two counts
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TaylorSeer(interval=3, **LOOSE),
+        DeltaDiT(interval=3, **LOOSE),
+        FirstBlockCache(threshold=0.01, **LOOSE),
+        TeaCache(threshold=0.25, **LOOSE),
+    ],
+    ids=lambda s: s.id,
+)
+def test_a_branch_that_missed_the_last_full_call_is_computed(settings):
+    """A guidance cache asks for the negative side now and then, and never in a full call if they are out of step."""
+    session, hits = settings.start(Run(TIMES)), {"c": "", "u": ""}
+    for i, t in enumerate(TIMES[:10]):
+        with session.call(t):
+            for key in ("c", "u") if i in (0, 2, 4, 5, 8) else ("c",):
+                watched = torch.full((1, 4), 1.1 ** (i if settings.id == "TeaCache" else i // 3))
+                if session.hit([key], watched, CPU) is None:
+                    session.keep([key], torch.ones(1, 3), watched)
+                    hits[key] += "F"
+                else:
+                    hits[key] += "."
+    assert hits == {"c": "F..F..F..F", "u": "F.F.F"}
+
+
 def test_teacache_adds_up_the_change_from_call_to_call():
     # 10% from each call to the next: three of them are 0.3, a fourth reaches 0.35.
     watched = lambda i: torch.full((1, 4), 1.1**i)  # noqa: E731

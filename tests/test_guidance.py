@@ -116,6 +116,22 @@ def test_equal_times_and_restarts():
     assert calls(session, straight(run), [4.0, 3.0, 3.5, 3.0, 2.5, 2.0])[0] == [f, p, f, p, p, f]
 
 
+@pytest.mark.parametrize("settings", [GuidanceCache(warmup=1), FasterCFG(interval=3)], ids=lambda s: s.id)
+def test_a_window_that_missed_the_last_full_call_is_computed(settings):
+    """Context windows that move come back later."""
+    session, ready = settings.start(Run(TIMES)), ""
+    for i, t in enumerate(TIMES[:10]):
+        with session.call(t):
+            key = "moved" if i in (0, 2, 4, 5, 8) else "other"
+            x = torch.ones(1, 4, 8, 8)
+            if session.plan is Plan.PARTIAL and session.ready(key):
+                ready += "."
+            else:
+                session.learn(key, x, torch.tensor([t]), x, 2 * x)
+                ready += "F"
+    assert ready == "FF.FF.F.FF"
+
+
 def test_nothing_known_is_nothing_answered():
     session = GuidanceCache().start(Run(TIMES))
     with session.call(3.0):

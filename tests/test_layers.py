@@ -119,6 +119,17 @@ def test_only_what_is_known_of_every_branch_is_reused():
         assert session.run_layer(Layer("b", SELF), ["u"], lambda _: torch.ones(3, 2, 2), None)[1] == 1.0
 
 
+@pytest.mark.parametrize("settings", [FORA(interval=3, warmup=1), TokenCache(interval=3, ratio=0.0, warmup=1)])
+def test_a_branch_that_missed_the_last_full_call_is_computed(settings):
+    session, shares = settings.start(Run(GRID)), {"c": "", "u": ""}
+    for i, t in enumerate(GRID[:10]):
+        with session.call(t):
+            for key in ("c", "u") if i in (0, 2, 4, 5, 8) else ("c",):
+                share = session.run_layer(Layer("a", MLP), [key], lambda x: x + 1.0, torch.ones(1, 2, 2))[1]
+                shares[key] += "F" if share == 1.0 else "."
+    assert shares == {"c": "F..F..F..F", "u": "F.F.F"}
+
+
 def test_the_tokens_that_changed_most_are_refreshed():
     x = torch.zeros(1, 4, 2)
     now = torch.tensor([[[0.1, 0.0], [5.0, 0.0], [0.0, -2.0], [1.0, 1.0]]])

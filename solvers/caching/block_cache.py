@@ -14,6 +14,7 @@ What differs between the methods is the span, when to hit, and how R is carried 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ class BlockSession(Session):
         self.hits = 0
         """Calls in a row that hit."""
         self.verdict: bool | None = None
+        self.since = -math.inf
+        """The coordinate of the last full call: what is older belongs to a branch that had no part in it."""
         self.step = 0
 
     def decide(self, t: float, position: Position) -> Plan:
@@ -130,7 +133,7 @@ class BlockSession(Session):
             self.hits = 0
             return Plan.PLAIN
         if early or self.hits >= self.settings.most or not self.wanted(t):
-            self.hits = 0
+            self.hits, self.since = 0, self.run.coordinate(t)
             return Plan.FULL
         return Plan.PARTIAL
 
@@ -147,11 +150,13 @@ class BlockSession(Session):
 
         watched: what ``watches`` names, of the same pass.
         """
-        if self.plan is not Plan.PARTIAL or not self.store.has(keys):
+        if self.plan is not Plan.PARTIAL or not self.store.has(keys, since=self.since):
             return None
         if self.verdict is None:
             self.verdict = self.judge(keys, watched)
             self.hits = self.hits + 1 if self.verdict else 0
+            if not self.verdict:
+                self.since = self.run.coordinate(self.t)
         return self.store.forecast(keys, self.run.coordinate(self.t), self.weights, device) if self.verdict else None
 
     def judge(self, keys: Sequence[Hashable], watched: torch.Tensor) -> bool:
@@ -172,7 +177,7 @@ class BlockSession(Session):
             )
 
     def flush(self) -> None:
-        self.hits = 0
+        self.hits, self.since = 0, -math.inf
         super().flush()
 
 

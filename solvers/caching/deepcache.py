@@ -238,7 +238,7 @@ class DeepCacheSession(Session):
 
     def kept(self, branches: Sequence[Hashable], device: torch.device | None = None) -> torch.Tensor | None:
         """``h_first`` as it should be in this call; None unless the last full call, or one since, had every branch."""
-        if any(not at or at[-1] < self.since for at in map(self.store.coordinates, branches)):
+        if not self.store.has(branches, since=self.since):
             return None
         return self.store.forecast(branches, self.run.coordinate(self.t), self.weights, device)
 

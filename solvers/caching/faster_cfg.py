@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -91,6 +92,8 @@ class FasterCFGSession(Guiding):
         self.settings = settings
         self.left = 0
         self.late = False
+        self.since = -math.inf
+        """The coordinate of the last full call: a window that had no part in it is computed in full."""
 
     def decide(self, t: float, position: Position) -> Plan:
         if self.settings.interval == 1 or not self.active(t):
@@ -100,7 +103,7 @@ class FasterCFGSession(Guiding):
         if self.left > 0:
             self.left -= 1
             return Plan.PARTIAL
-        self.left = self.settings.interval - 1
+        self.left, self.since = self.settings.interval - 1, self.run.coordinate(t)
         return Plan.FULL
 
     def _done(self, t: float, position: Position) -> float:
@@ -110,14 +113,14 @@ class FasterCFGSession(Guiding):
         return 1.0 - float(self.run.process.u_of_t(t))
 
     def flush(self) -> None:
-        self.left = 0
+        self.left, self.since = 0, -math.inf
         super().flush()
 
     def ready(self, key: Hashable) -> bool:
-        return self.store.has([key])
+        return self.store.has([key], since=self.since)
 
     def learn(self, key: Hashable, x: torch.Tensor, t: torch.Tensor, D_c: torch.Tensor, D_u: torch.Tensor) -> None:
-        self.store.put([key], delta(t, D_c, D_u))
+        self.store.put([key], delta(t, D_c, D_u), self.run.coordinate(self.t))
 
     def answer(self, key: Hashable, x: torch.Tensor, t: torch.Tensor, D_c: torch.Tensor) -> torch.Tensor:
         found = self.store.get([key])

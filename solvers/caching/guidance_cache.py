@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -90,6 +91,8 @@ class GuidanceCacheSession(Guiding):
         self.settings = settings
         self.difference = Difference(run, settings.policy, self.store)
         self.left = 0
+        self.since = -math.inf
+        """The coordinate of the last full call: a window that had no part in it is computed in full."""
 
     def decide(self, t: float, position: Position) -> Plan:
         if self.settings.interval == 1 or not self.active(t):
@@ -98,15 +101,15 @@ class GuidanceCacheSession(Guiding):
         if self.left > 0 and not self.guarded(position, self.settings.warmup, self.settings.tail):
             self.left -= 1
             return Plan.PARTIAL
-        self.left = self.settings.interval - 1
+        self.left, self.since = self.settings.interval - 1, self.run.coordinate(t)
         return Plan.FULL
 
     def flush(self) -> None:
-        self.left = 0
+        self.left, self.since = 0, -math.inf
         super().flush()
 
     def ready(self, key: Hashable) -> bool:
-        return self.difference.ready(key)
+        return self.difference.ready(key, self.since)
 
     def learn(self, key: Hashable, x: torch.Tensor, t: torch.Tensor, D_c: torch.Tensor, D_u: torch.Tensor) -> None:
         self.difference.learn(key, self.t, t, D_c, D_u)

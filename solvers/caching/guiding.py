@@ -11,6 +11,7 @@ out is made of the D_c of the same call and an older delta: D_u = D_c - t delta.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Hashable
 
@@ -74,8 +75,9 @@ class Difference:
         self.run, self.weights, self.store = run, FORECASTS.get(policy), store
         store.anchors = 2
 
-    def ready(self, key: Hashable) -> bool:
-        return self.weights is None or self.store.has([key])
+    def ready(self, key: Hashable, since: float = -math.inf) -> bool:
+        """Whether there is a difference for ``key``, of the coordinate ``since`` or later."""
+        return self.weights is None or self.store.has([key], since=since)
 
     def learn(self, key: Hashable, at: float, t: torch.Tensor, D_c: torch.Tensor, D_u: torch.Tensor) -> None:
         if self.weights is not None:

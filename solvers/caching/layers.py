@@ -7,6 +7,7 @@ itself, before the projections. Gates and modulations are always fresh.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,9 @@ class LayerSession(Session):
         self.settings, self.warmup, self.tail, self.anchors = settings, warmup, tail, anchors
         self.store = BranchStore(anchors, room(limit), place(device))
         self.age: dict[str, int] = {}
+        self.since: dict[str, float] = {}
+        """For each kind the coordinate of the last call in which it was due: what is older belongs to a branch that had
+        no part in it."""
         self.reused: frozenset[str] = frozenset()
         """Kinds that are not computed in full in the current call."""
 
@@ -132,11 +136,17 @@ class LayerSession(Session):
             interval = self.settings.every(kind)
             age = self.age.get(kind, interval) + 1
             self.age[kind] = 0 if warming or age >= interval else age
+            if self.age[kind] == 0:
+                self.since[kind] = self.run.coordinate(t)
         self.reused = frozenset(kind for kind, age in self.age.items() if age > 0)
         return Plan.PARTIAL if self.reused else Plan.FULL
 
+    def has(self, layer: Layer, keys: Sequence[Hashable]) -> bool:
+        """Whether every branch has what it computed when the layer's kind was last due, or since."""
+        return self.store.has(keys, since=self.since.get(layer.kind, -math.inf))
+
     def flush(self) -> None:
-        self.age = {}
+        self.age, self.since = {}, {}
         super().flush()
 
     @abstractmethod
@@ -170,7 +180,7 @@ class Broadcast(LayerSession):
         return [[(branch, layer.name, i) for branch in branches] for i in range(self.parts.get(layer.name) or 1)]
 
     def reuses(self, layer, branches):
-        return layer.kind in self.reused and all(self.store.has(keys) for keys in self._keys(layer, branches))
+        return layer.kind in self.reused and all(self.has(layer, keys) for keys in self._keys(layer, branches))
 
     def run_layer(self, layer, branches, compute, x):
         at = self.run.coordinate(self.t)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Hashable, Sequence
 
@@ -56,9 +57,10 @@ class BranchStore:
             self.peak = max(self.peak, self.nbytes)
             return True
 
-    def has(self, keys: Sequence[Hashable], anchors: int = 1) -> bool:
-        """Whether every one of the branches has that many values."""
-        return all(len(self._kept.get(key, ())) >= anchors for key in keys)
+    def has(self, keys: Sequence[Hashable], anchors: int = 1, since: float = -math.inf) -> bool:
+        """Whether every one of the branches has that many values, the newest with a coordinate of ``since`` or later."""
+        kept = [self._kept.get(key, ()) for key in keys]
+        return all(len(values) >= max(anchors, 1) and values[-1][0] >= since for values in kept)
 
     def get(self, keys: Sequence[Hashable], device: torch.device | None = None) -> torch.Tensor | None:
         """The newest batch of the branches ``keys``; None unless every one of them is kept."""

@@ -84,18 +84,19 @@ class TokenSession(LayerSession):
         size = x.shape[1:-1].numel()
         picked = round(self.settings.ratio * size)
         whole = layer.kind not in self.reused or picked >= size
-        if whole or not (self.store.has(before) and self.store.has(after)):
+        at = self.run.coordinate(self.t)
+        if whole or not (self.has(layer, before) and self.has(layer, after)):
             out = compute(x)
             if len(x) % len(branches) == 0:
-                self.store.put(before, x)
-                self.store.put(after, out)
+                self.store.put(before, x, at)
+                self.store.put(after, out, at)
             return out, 1.0
         flat = x.flatten(1, -2)
         was, out = self.store.get(before, x.device).flatten(1, -2), self.store.get(after, x.device).flatten(1, -2)
         if picked:
             refresh(compute, flat, was, out, picked)
-            self.store.put(before, was.view_as(x))
-            self.store.put(after, out.view(*x.shape[:-1], -1))
+            self.store.put(before, was.view_as(x), at)
+            self.store.put(after, out.view(*x.shape[:-1], -1), at)
         return out.view(*x.shape[:-1], -1), picked / size
 
 
