@@ -7,10 +7,13 @@ from comfy_api.latest import io
 
 from ..solvers.artifact import Artifact, load, settings_of
 from ..solvers.calibration import fitted
-from ..solvers.calibration.families import Plan, fitted_plan, plain_plan
+from ..solvers.calibration.families import Plan, fitted_plan, written
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.losses import LOSSES
 from ..solvers.calibration.search import ScheduleSearch, SolverSearch
+from ..solvers.deis import DEIS
+from ..solvers.er_sde import ERSDE
+from ..solvers.exponential import DPMSolverPP
 from ..solvers.process import ForwardProcess
 from ..solvers.schedules import (
     BetaSchedule,
@@ -20,6 +23,7 @@ from ..solvers.schedules import (
     UniformSchedule,
 )
 from ..solvers.solver import Solver
+from ..solvers.unipc import UniPC
 from . import artifacts, calibration_found, plot
 from .attach import on
 from .bridge import distinct, process_of, sampler, solver_in
@@ -38,6 +42,13 @@ STARTS = {
     "Cosine": CosineSchedule(),
 }
 """Schedules that searches compare, and begin from the best of."""
+SOLVERS = {
+    "DPM-Solver++ 2M": DPMSolverPP(),
+    "DEIS 2": DEIS(points=2, variable="rho"),
+    "UniPC": UniPC(),
+    "ER-SDE, ODE": ERSDE(phi="ode"),
+}
+"""Samplers that Fit Solver compares on each of these; they are written as fitted solvers, which they all can be."""
 
 MODEL = [
     io.Model.Input("model", tooltip="The model to calibrate, LoRAs and patches included. It is not changed."),
@@ -182,8 +193,9 @@ class FitSolver(io.ComfyNode):
 
     A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
     squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas.
-    Needs no gradients. The start is DPM-Solver++ 2M on the best of the usual schedules, and what is kept is never worse than it
-    on samples that the fit has not seen; ``report`` says how much better it is on others still.
+    Needs no gradients. The start is the best of four usual samplers (DPM-Solver++ 2M, DEIS, UniPC, ER-SDE without noise) on the
+    usual schedules, and what is kept is never worse than it on samples that the fit has not seen; ``report`` says how much
+    better it is on others still.
 
     The result is for this number of steps and guidance scale; other prompts and seeds are served as well. Use both outputs,
     ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the same file. Interrupt at any time: the
@@ -208,10 +220,10 @@ class FitSolver(io.ComfyNode):
                 *BUDGET,
                 io.Int.Input(
                     "memory",
-                    default=3,
+                    default=10,
                     min=2,
-                    max=8,
-                    tooltip="How many predictions a step mixes. 3 is a good choice; more needs more samples and time.",
+                    max=20,
+                    tooltip="How many predictions a step mixes at most. Lower it, to 3, for more than 12 steps or few minutes.",
                 ),
                 resume(fitted.KIND),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="To fit weights on these sigmas, which then stay."),
@@ -222,16 +234,19 @@ class FitSolver(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent, cfg, steps, samples, minutes, seed, name, loss="rms", memory=3,
+        cls, model, positive, negative, latent, cfg, steps, samples, minutes, seed, name, loss="rms", memory=10,
         resume=artifacts.NONE, sigmas=None, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Fit Solver")
         process = process_of(model)
         if sigmas is None:
-            begun = {name: plain_plan(process, p.times) for name, p in starts(process, steps, FittedSolver()).items()}
+            schedules = {name: plan.times for name, plan in starts(process, steps, FittedSolver()).items()}
         else:
-            begun = {"your sigmas": plain_plan(process, whole(process, distinct(sigmas.tolist()), "Fit Solver"))}
-            steps = len(begun["your sigmas"].times) - 1
+            schedules = {"your sigmas": whole(process, distinct(sigmas.tolist()), "Fit Solver")}
+            steps = len(schedules["your sigmas"]) - 1
+        begun = {
+            f"{s}, {name}": written(SOLVERS[s], process, times) for s in SOLVERS for name, times in schedules.items()
+        }
         found = artifacts.read(resume, fitted.KIND, "Fit Solver")
         resumed = None
         if found is not None:

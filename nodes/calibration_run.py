@@ -51,8 +51,7 @@ class Pursuit:
     def left(self) -> float:
         """Share of the time that is left, when that for the report is put aside."""
         used, search = time.monotonic() - self.began, self.search
-        rows = sum(1 for _ in search.report.batches) * len(self.samples.latent["samples"])
-        report = rows * (search.teacher_steps + 2 * len(next(iter(search.starts.values())).times))
+        report = search.report.size * (search.teacher_steps + 2 * len(next(iter(search.starts.values())).times))
         reserved = used * report / max(search.calls, 1) if search.stage in ("starts", "search") else 0.0
         return 1.0 - (used + reserved) / (60.0 * self.minutes)
 
@@ -137,6 +136,10 @@ class Pursuit:
             )
             if search.best is search.base:
                 lines.append("Nothing better than the best start was found, so that is what is returned.")
+            if search.teacher_error > 0.5 * float(after.mean()):
+                lines.append(
+                    "The teacher itself is not much better than that: give it more minutes, or use a lower CFG."
+                )
         lines.append(
             f"Teacher: {search.teacher_steps} steps, error below {search.teacher_error:.4f}. Network calls, counted for each "
             f"sample: {search.calls}. {time.monotonic() - self.began:.0f} s."

@@ -33,7 +33,7 @@ class Samples:
         """
         half = max(count // 2, 2)
         edges = [0, count, count + half, count + 2 * half]
-        fit, select, report = (Cohort(self._batches(range(a, b))) for a, b in pairwise(edges))
+        fit, select, report = (Cohort(self._batches(range(a, b)), size=b - a) for a, b in pairwise(edges))
         return fit, select, report
 
     @property

@@ -27,11 +27,13 @@ SKETCH = 4096
 
 @dataclass
 class Cohort:
-    """Batches, and the teacher's end of each. ``calls`` counts network calls, each sample of a batch for itself."""
+    """Batches, and the teacher's end of each. ``calls`` counts network calls, each sample of a batch for itself; ``size`` is the
+    number of samples, where it is known beforehand."""
 
     batches: Sequence[Batch]
     targets: list[torch.Tensor] = field(default_factory=list)
     calls: int = 0
+    size: int = 0
 
     def visit(self, batch: Batch, visit: Visit) -> Any:
         """``batch(visit)``, with its calls counted."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ..artifact import Artifact
 from ..process import ForwardProcess
-from ..solver import Solver
+from ..solver import Problem, Solver, sample
 from .curve import Curve
-from .fitted import KIND, FittedSolver, midpoint
+from .fitted import KIND, FittedSolver
 
 
 class Plan(NamedTuple):
@@ -179,6 +181,30 @@ def fitted_plan(times: Sequence[float], rows: Sequence[Sequence[float]]) -> Plan
     return Plan(FittedSolver(Artifact(KIND, table)), table["sigmas"])
 
 
-def plain_plan(process: ForwardProcess, times: Sequence[float]) -> Plan:
-    """DPM-Solver++ 2M, written as a fitted solver."""
-    return fitted_plan(times, [midpoint(process, times[: i + 1], t) for i, t in enumerate(times[1:])])
+def written(solver: Solver, process: ForwardProcess, times: Sequence[float]) -> Plan:
+    """A linear solver, written as a fitted solver with a memory of all predictions, which makes the same run.
+
+    Run on unit vectors: the start is the first one, the i-th call of the network returns the next one. Then every x at which the
+    network is called is the list of what it is made of. Correctors included: what they change is in the later points.
+
+    Raises ValueError for solvers that add noise, take other than one call per step, or are not exact on constants.
+    """
+    n = len(times) - 1
+    if solver.stochastic or solver.nfe(n) != n:
+        raise ValueError(f"{solver.title} is not a deterministic sampler with one network call per step.")
+    units, points = torch.eye(n + 1, dtype=torch.float64), []
+
+    def denoise(x: torch.Tensor, t: Any) -> torch.Tensor:
+        points.append(x[0].clone())
+        return units[len(points)][None]
+
+    points.append(sample(Problem(denoise, process), solver, units[:1], times)[0])
+    rows = []
+    for i, (s, t) in enumerate(pairwise(times)):
+        q = process.sigma(t) / process.sigma(s)
+        w = (points[i + 1] - q * points[i]) / (process.alpha(t) - q * process.alpha(s))
+        row = w[1 : i + 2].flip(0).tolist()
+        if abs(float(w[0])) > 1e-6 or abs(sum(row) - 1.0) > 1e-6:
+            raise ValueError(f"{solver.title} is not exact on constant predictions.")
+        rows.append(row)
+    return fitted_plan(times, rows)

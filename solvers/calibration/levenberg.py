@@ -13,7 +13,9 @@ from .cohort import Cohort
 from .families import Family, Plan
 from .losses import Loss
 
-_TRIES, _ENOUGH, _FAR = 5, 2e-3, 1.0
+_TRIES, _STALE = 6, 3
+_ENOUGH, _FIRST, _FAR = 2e-3, 0.5, 1.5
+_HELD = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,45 +33,50 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
 
         (J^T W J + mu diag(J^T W J)) step = -J^T W r,        W: ``Loss.weights``, r: residuals of the ends
 
+    mu keeps the step within a radius, which grows with success and shrinks without.
+
     All samples keep their noise, so that differences are those of the parameters. J comes from finite differences once, and is
-    then kept up to date by what the trials show (Broyden), until they show no more gain; then once more. Ends when a fresh J
-    gives no gain either.
+    then kept up to date by what each accepted step shows (Broyden), until there is no more gain; then once more. Ends when a
+    fresh J gives no gain either.
     """
     eta = family.natural(theta)
     r, rms = yield from cohort.residuals(family.plan(eta))
     yield Candidate(family.plan(eta), loss(rms), theta, rms)
     if not len(eta):
         return
-    mu = 1e-2
+    radius = _FIRST
     while True:
         J = yield from cohort.jacobian(family, eta)
-        begun, failed = loss(rms), 0
-        while failed < _TRIES:
-            new = theta + _step(J, family.slope(theta), r, loss.weights(rms), mu)
+        begun, failed, most = loss(rms), 0, _TRIES
+        while failed < most:
+            new = theta + _step(J, family.slope(theta), r, loss.weights(rms), radius)
             move = family.natural(new) - eta
             plan = family.plan(eta + move)
             r2, rms2 = yield from cohort.residuals(plan)
             before, after = loss(rms), loss(rms2)
-            if bool(torch.isfinite(r2).all()):
-                by = torch.from_numpy(move).to(J)
-                J = J + torch.einsum("bm,p->bmp", r2 - r - J @ by, by / by.square().sum().clamp(min=1e-20))
-            if after < before:
-                small = before - after < _ENOUGH * abs(before)
-                theta, eta, r, rms, mu = new, eta + move, r2, rms2, max(mu / 5.0, 1e-6)
-                yield Candidate(plan, after, theta, rms)
-                failed = failed + 2 if small else 0
-            else:
-                mu, failed = min(mu * 6.0, 1e6), failed + 1
+            if not after < before:
+                radius, failed = radius / 3.0, failed + 1
+                continue
+            by = torch.from_numpy(move).to(J)
+            J = J + torch.einsum("bm,p->bmp", r2 - r - J @ by, by / by.square().sum().clamp(min=1e-20))
+            theta, eta, r, rms, radius, most = new, eta + move, r2, rms2, min(radius * 2.0, _FAR), _STALE
+            yield Candidate(plan, after, theta, rms)
+            failed = failed + 1 if before - after < _ENOUGH * abs(before) else 0
         if begun - loss(rms) < 5.0 * _ENOUGH * abs(begun):
             return
-        mu = max(mu / 36.0, 1e-3)
+        radius = min(radius * 9.0, _FIRST)
 
 
-def _step(J: torch.Tensor, slope: np.ndarray, r: torch.Tensor, w: torch.Tensor, mu: float) -> np.ndarray:
-    """Of theta, no longer than ``_FAR`` in any number."""
+def _step(J: torch.Tensor, slope: np.ndarray, r: torch.Tensor, w: torch.Tensor, radius: float) -> np.ndarray:
+    """Of theta, no longer than ``radius`` in any number: mu is as large as that takes."""
     along = J.double() @ torch.from_numpy(slope)
-    A = torch.einsum("bmp,b,bmq->pq", along, w.double(), along)
-    g = torch.einsum("bmp,b,bm->p", along, w.double(), r.double())
-    scale = A.diagonal().clamp(min=1e-12 * float(A.diagonal().max()) + 1e-30)
-    step = -torch.linalg.lstsq(A + mu * torch.diag(scale), g[:, None], driver="gelsd").solution[:, 0].numpy()
-    return step * min(1.0, _FAR / max(np.abs(step).max(), 1e-12))
+    A = torch.einsum("bmp,b,bmq->pq", along, w.double(), along).numpy()
+    g = torch.einsum("bmp,b,bm->p", along, w.double(), r.double()).numpy()
+    # Numbers that hardly matter where we are would run away if only their own diagonal held them.
+    scale = np.diag(A) + _HELD * np.diag(A).mean() + 1e-30
+    mu = 1e-4
+    while True:
+        step = -np.linalg.lstsq(A + mu * np.diag(scale), g, rcond=None)[0]
+        if np.abs(step).max() <= radius:
+            return step
+        mu *= 3.0

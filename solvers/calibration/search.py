@@ -14,15 +14,15 @@ from ..process import ForwardProcess
 from ..solver import Solver
 from .cohort import Cohort, Running
 from .curve import Curve
-from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan, plain_plan
+from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan
 from .fitted import FittedSolver
 from .least_squares import sequential
 from .levenberg import refine
 from .losses import LOSSES, Loss
 from .teacher import Trajectories, converge, teach
 
-CLIMBS = 3
-"""How many starts are improved."""
+FINALISTS, CLIMBS = 6, 3
+"""How many starts are compared on all samples, all being so on a few; and how many are improved."""
 
 RESUMED = "resumed"
 
@@ -87,12 +87,13 @@ class Search(ABC):
 
     def run(self) -> Generator[None, None, None]:
         """All of it."""
-        first = next(iter(self.starts.values()))
-        self.teacher_steps, self.teacher_error = yield from converge(self.fit, self.process, first)
+        names, plans = list(self.starts), list(self.starts.values())
+        made = yield from converge(self.fit, self.process, plans, self.left)
+        self.teacher_steps, self.teacher_error, off = made
         yield from self.teach()
         yield from teach(self.select, self.process, self.teacher_steps)
         self.stage = "starts"
-        ranked = yield from self._rank()
+        ranked = yield from self._rank([name for _, name in sorted(zip(off, names, strict=True))[:FINALISTS]])
         self.stage = "search"
         yield from self._climb(ranked)
         yield from self.close()
@@ -110,10 +111,11 @@ class Search(ABC):
         """Frees what the teacher keeps; here nothing."""
         return
 
-    def _rank(self) -> Running:
+    def _rank(self, finalists: list[str]) -> Running:
         """The starts, best first; what is resumed before all."""
         losses = {}
-        for name, plan in self.starts.items():
+        for name in finalists:
+            plan = self.starts[name]
             losses[name] = self.loss((yield from self.fit.errors(plan)))
             yield from self._consider(plan, losses[name], name)
             if self.best is plan:
@@ -179,11 +181,11 @@ class ScheduleSearch(Search):
 class SolverSearch(Search):
     """The weights of a fitted solver, with its schedule (``joint``), or on each start's own.
 
-    memory: how many predictions a step mixes. folder: for the teacher's states, if they are large. From every schedule there are
-    two ways: from DPM-Solver++ 2M's weights, and from those of ``sequential``; each may end in another minimum.
+    memory: how many predictions a step mixes. folder: for the teacher's states, if they are large. From every start there are
+    two ways: from its own weights, and from those of ``sequential``; each may end in another minimum.
     """
 
-    memory: int = 3
+    memory: int = 10
     joint: bool = True
     folder: str = ""
     samples: int = 0
@@ -204,10 +206,7 @@ class SolverSearch(Search):
             ways = {
                 ", fitted": (yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at))
             }
-            if name != RESUMED:
-                ways[", 2M"] = rows_of(plain_plan(self.process, times))
-            else:
-                ways[""] = rows_of(plan)
+            ways[""] = rows_of(plan)
             losses = {}
             for way, rows in ways.items():
                 losses[way] = self.loss((yield from self.fit.errors(fitted_plan(times, rows))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,7 +16,7 @@ from .cohort import Cohort, Running, track
 from .families import Plan
 from .states import States
 
-STEPS, MOST, SHARE = 40, 640, 0.1
+STEPS, MOST, SHARE, ROOM = 40, 640, 0.05, 0.8
 
 
 def lesson(process: ForwardProcess, steps: int) -> Plan:
@@ -25,22 +25,33 @@ def lesson(process: ForwardProcess, steps: int) -> Plan:
     return Plan(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"), times.tolist())
 
 
-def converge(cohort: Cohort, process: ForwardProcess, student: Plan) -> Running:
-    """How many steps the teacher needs, and its error then, an upper bound.
+def converge(
+    cohort: Cohort, process: ForwardProcess, students: Sequence[Plan], left: Callable[[], float] = lambda: 1.0
+) -> Running:
+    """How many steps the teacher needs, its error then, an upper bound, and the students' errors, all on a few samples.
 
-    They are doubled until that changes the end, on the first batch, by no more than SHARE of what the student is off, which is
-    the error that is going to be made smaller.
+    Steps are doubled until that changes the end by no more than SHARE of what the best student is off, which is the error that
+    is going to be made smaller; nor beyond MOST, nor when less than ROOM of the budget is left.
     """
-    few, steps = Cohort(cohort.batches[:1]), STEPS
-    made = (yield from few.ends(student))[0]
-    coarse = (yield from few.ends(lesson(process, STEPS // 2)))[0]
+    few, steps = Cohort(cohort.batches[: max(len(cohort.batches) // 4, 1)]), STEPS
+    coarse = torch.cat((yield from few.ends(lesson(process, STEPS // 2))))
+    fine = torch.cat((yield from few.ends(lesson(process, steps))))
+    made = []
+    for student in students:
+        made.append(torch.cat((yield from few.ends(student))))
     while True:
-        fine = (yield from few.ends(lesson(process, steps)))[0]
-        change, off = (float((fine - x).flatten(1).square().mean(1).sqrt().mean()) for x in (coarse, made))
-        if change <= SHARE * off or 2 * steps > MOST:
+        change, *off = (_apart(x, fine) for x in (coarse, *made))
+        if change <= SHARE * min(off) or 2 * steps > MOST or left() < ROOM:
             cohort.calls += few.calls
-            return steps, change
+            return steps, change, off
         steps, coarse = 2 * steps, fine
+        fine = torch.cat((yield from few.ends(lesson(process, steps))))
+
+
+def _apart(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Mean RMS difference; infinite where one is not finite."""
+    apart = float((x - y).flatten(1).square().mean(1).sqrt().mean())
+    return apart if math.isfinite(apart) else math.inf
 
 
 def teach(cohort: Cohort, process: ForwardProcess, steps: int) -> Running:

@@ -134,7 +134,7 @@ def test_stopped_by_the_user_it_keeps_the_best_and_goes_on_later(folder, monkeyp
     def stop(self):
         show(self)
         seen.append(self)
-        if len(self.search.trials) > 4:
+        if len(self.search.trials) > 2:
             comfy.model_management.interrupt_current_processing()
 
     monkeypatch.setattr(calibration_run.Pursuit, "_show", stop)
