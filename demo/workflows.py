@@ -129,7 +129,7 @@ def deepcache() -> Graph:
 def t_stitch() -> Graph:
     """The small UNet for the first 40 % of the steps, the large one for the rest."""
     g = Graph()
-    model, prompts, latent = graphs.inputs(g, "unet", "a big purple triangle on a white background", 4)
+    model, prompts, latent = graphs.inputs(g, "unet", "a big pink triangle on a white background", 4)
     small = g.add("Quickstep_DemoModel", network="unet_small")
     guiders = {
         f"guiders.guider{i}": (g.add("CFGGuider", model=(m, 0), **prompts, cfg=3.0), 0)
@@ -153,7 +153,7 @@ def t_stitch() -> Graph:
 def accelerators() -> Graph:
     """What accelerators buy at 25 steps, next to simply taking fewer."""
     g = Graph()
-    model, prompts, latent = graphs.inputs(g, "unet", "a big blue square on a black background", 3)
+    model, prompts, latent = graphs.inputs(g, "unet", "a big blue square on the left on a black background", 3)
     link = (model, 0)
     sampler = (g.add("Quickstep_DPMSolverPP"), 0)
     whole, fewer = ((g.add("Quickstep_KarrasSchedule", model=link, steps=n), 0) for n in (25, 12))
@@ -177,7 +177,7 @@ def accelerators() -> Graph:
 def accelerate() -> Graph:
     """A target instead of knobs, on the flow model."""
     g = Graph()
-    model, prompts, latent = graphs.inputs(g, "dit", "a big orange ring", 4)
+    model, prompts, latent = graphs.inputs(g, "dit", "a big green circle", 4)
     sampler = (g.add("Quickstep_DPMSolverPP"), 0)
     sigmas = (g.add("Quickstep_BetaSchedule", model=(model, 0), steps=20), 0)
     shared = dict(sampler=sampler, sigmas=sigmas, cfg=3.0, **prompts)
