@@ -60,7 +60,7 @@ class BranchStore:
     def has(self, keys: Sequence[Hashable], anchors: int = 1, since: float = -math.inf) -> bool:
         """Whether every one of the branches has that many values, the newest with a coordinate of ``since`` or later."""
         kept = [self._kept.get(key, ()) for key in keys]
-        return all(len(values) >= max(anchors, 1) and values[-1][0] >= since for values in kept)
+        return all(len(values) >= max(anchors, 1) and not values[-1][0] < since for values in kept)
 
     def get(self, keys: Sequence[Hashable], device: torch.device | None = None) -> torch.Tensor | None:
         """The newest batch of the branches ``keys``; None unless every one of them is kept."""
