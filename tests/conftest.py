@@ -20,6 +20,7 @@ def pytest_configure(config):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped from outside: like Ctrl-C, fixtures clean up
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks in the same hook
 def pytest_collection_modifyitems(items):
     for item in items:
         if "server" in item.fixturenames:
