@@ -141,7 +141,7 @@ class Pursuit:
                     "The teacher itself is not much better than that: give it more minutes, or use a lower CFG."
                 )
         lines.append(
-            f"Teacher: {search.teacher_steps} steps, error below {search.teacher_error:.4f}. Network calls, counted for each "
+            f"Teacher: {search.teacher_steps} steps, error {search.teacher_error:.4f}. Network calls, counted for each "
             f"sample: {search.calls}. {time.monotonic() - self.began:.0f} s."
         )
         lines.append(

@@ -16,7 +16,7 @@ from .cohort import Cohort, Running, track
 from .families import Plan
 from .states import States
 
-STEPS, MOST, SHARE, ROOM = 40, 640, 0.05, 0.8
+STEPS, MOST, SHARE, ROOM = 20, 640, 0.05, 0.8
 
 
 def lesson(process: ForwardProcess, steps: int) -> Plan:
@@ -28,24 +28,23 @@ def lesson(process: ForwardProcess, steps: int) -> Plan:
 def converge(
     cohort: Cohort, process: ForwardProcess, students: Sequence[Plan], left: Callable[[], float] = lambda: 1.0
 ) -> Running:
-    """How many steps the teacher needs, its error then, an upper bound, and the students' errors, all on a few samples.
+    """How many steps the teacher needs, its error then, and the students' errors, all on a few samples.
 
-    Steps are doubled until that changes the end by no more than SHARE of what the best student is off, which is the error that
-    is going to be made smaller; nor beyond MOST, nor when less than ROOM of the budget is left.
+    It has enough steps when twice as many change its end by no more than SHARE of what the best student is off, which is the
+    error that is going to be made smaller. No more than MOST, nor when less than ROOM of the budget is left.
     """
     few, steps = Cohort(cohort.batches[: max(len(cohort.batches) // 4, 1)]), STEPS
-    coarse = torch.cat((yield from few.ends(lesson(process, STEPS // 2))))
-    fine = torch.cat((yield from few.ends(lesson(process, steps))))
+    coarse = torch.cat((yield from few.ends(lesson(process, steps))))
     made = []
     for student in students:
         made.append(torch.cat((yield from few.ends(student))))
     while True:
+        fine = torch.cat((yield from few.ends(lesson(process, 2 * steps))))
         change, *off = (_apart(x, fine) for x in (coarse, *made))
-        if change <= SHARE * min(off) or 2 * steps > MOST or left() < ROOM:
+        if change <= SHARE * min(off) or 4 * steps > MOST or left() < ROOM:
             cohort.calls += few.calls
             return steps, change, off
         steps, coarse = 2 * steps, fine
-        fine = torch.cat((yield from few.ends(lesson(process, steps))))
 
 
 def _apart(x: torch.Tensor, y: torch.Tensor) -> float:
