@@ -42,9 +42,14 @@ class Samples:
         return tuple(self.latent["samples"].shape[1:])
 
     def _batches(self, rows: range) -> list[Batch]:
-        together, found = len(self.latent["samples"]), []
+        """As many samples in each as the latent has; of one prompt, unless prompts can stand side by side in a batch."""
+        together, count = len(self.latent["samples"]), len(self.positives)
+        if _alike(self.positives):
+            parts = [rows[i : i + together] for i in range(0, len(rows), together)]
+            return [self._batch(_joined([self.positives[r % count] for r in part]), list(part)) for part in parts]
+        found = []
         for p, positive in enumerate(self.positives):
-            mine = [r for r in rows if r % len(self.positives) == p]
+            mine = [r for r in rows if r % count == p]
             found += [self._batch(positive, mine[i : i + together]) for i in range(0, len(mine), together)]
         return found
 
@@ -75,3 +80,22 @@ def samples(model, positives: list, negative, latent: dict, cfg: float, seed: in
     if latent["samples"].is_nested:
         raise ValueError("Calibrations take one kind of latent, not a combined audio and video latent.")
     return Samples(model, positives, negative, empty_as_model_wants(model, latent), cfg, seed)
+
+
+def _alike(conditionings: list) -> bool:
+    """Whether each is one plain prompt for one sample, and all are of the same shape."""
+    plain = all(len(c) == 1 and c[0][1].keys() <= {"pooled_output"} and c[0][0].shape[0] == 1 for c in conditionings)
+    return (
+        plain
+        and len({(c[0][0].shape, *(None if v is None else v.shape for v in c[0][1].values())) for c in conditionings})
+        == 1
+    )
+
+
+def _joined(conditionings: list) -> list:
+    """One conditioning with a prompt for each sample."""
+    options = {}
+    pooled = [c[0][1].get("pooled_output") for c in conditionings]
+    if all(p is not None for p in pooled):
+        options["pooled_output"] = torch.cat(pooled)
+    return [[torch.cat([c[0][0] for c in conditionings]), options]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -65,13 +66,13 @@ class Cohort:
         """RMS for each sample."""
         return (yield from self.residuals(plan))[1]
 
-    def jacobian(self, family: Family, eta: np.ndarray) -> Running:
-        """d residuals / d eta, (samples, at most SKETCH, eta), by forward differences.
+    def jacobian(self, family: Family, eta: np.ndarray, share: float = 1.0) -> Running:
+        """d residuals / d eta, (samples, at most SKETCH, eta), by forward differences, for this share of the batches.
 
         Steps before the one that a parameter acts on are not repeated: a step is a pure function of its state.
         """
         plan, found = family.plan(eta), []
-        for batch in self.batches:
+        for batch in self.batches[: math.ceil(share * len(self.batches))]:
             trail = self.visit(batch, lambda problem, x: track(problem, plan, x))
             yield
             columns: list[torch.Tensor] = []

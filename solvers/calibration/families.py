@@ -68,7 +68,7 @@ class Schedules(Family):
 
     @property
     def delta(self) -> np.ndarray:
-        return np.full(self.curve.n - 1, min(0.03, 0.25 * self.curve.gap))
+        return np.full(self.curve.n - 1, min(0.06, 0.5 * self.curve.gap))
 
     def natural(self, theta: np.ndarray) -> np.ndarray:
         return self.curve.levels(theta)

@@ -14,8 +14,8 @@ from .families import Family, Plan
 from .losses import Loss
 
 _TRIES, _STALE = 6, 3
-_ENOUGH, _FIRST, _FAR = 2e-3, 0.5, 1.5
-_HELD = 0.1
+_ENOUGH, _FIRST, _FAR = 2e-3, 0.3, 1.5
+_HELD, _SHARE = 0.1, 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,8 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
 
     mu keeps the step within a radius, which grows with success and shrinks without.
 
-    All samples keep their noise, so that differences are those of the parameters. J comes from finite differences once, and is
+    All samples keep their noise, so that differences are those of the parameters. Directions are those of half of the samples,
+    where these come in several batches; all of them decide about a step. J comes from finite differences once, and is
     then kept up to date by what each accepted step shows (Broyden), until there is no more gain; then once more. Ends when a
     fresh J gives no gain either.
     """
@@ -46,25 +47,25 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
         return
     radius = _FIRST
     while True:
-        J = yield from cohort.jacobian(family, eta)
+        J = yield from cohort.jacobian(family, eta, _SHARE)
         begun, failed, most = loss(rms), 0, _TRIES
         while failed < most:
-            new = theta + _step(J, family.slope(theta), r, loss.weights(rms), radius)
+            new = theta + _step(J, family.slope(theta), r[: len(J)], loss.weights(rms)[: len(J)], radius)
             move = family.natural(new) - eta
             plan = family.plan(eta + move)
             r2, rms2 = yield from cohort.residuals(plan)
             before, after = loss(rms), loss(rms2)
             if not after < before:
-                radius, failed = radius / 3.0, failed + 1
+                radius, failed = radius / 4.0, failed + 1
                 continue
             by = torch.from_numpy(move).to(J)
-            J = J + torch.einsum("bm,p->bmp", r2 - r - J @ by, by / by.square().sum().clamp(min=1e-20))
+            J = J + torch.einsum("bm,p->bmp", (r2 - r)[: len(J)] - J @ by, by / by.square().sum().clamp(min=1e-20))
             theta, eta, r, rms, radius, most = new, eta + move, r2, rms2, min(radius * 2.0, _FAR), _STALE
             yield Candidate(plan, after, theta, rms)
             failed = failed + 1 if before - after < _ENOUGH * abs(before) else 0
         if begun - loss(rms) < 5.0 * _ENOUGH * abs(begun):
             return
-        radius = min(radius * 9.0, _FIRST)
+        radius = min(radius * 16.0, _FIRST)
 
 
 def _step(J: torch.Tensor, slope: np.ndarray, r: torch.Tensor, w: torch.Tensor, radius: float) -> np.ndarray:

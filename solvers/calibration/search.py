@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from .levenberg import refine
 from .losses import LOSSES, Loss
 from .teacher import Trajectories, converge, teach
 
-FINALISTS, CLIMBS = 6, 3
+FINALISTS, CLIMBS = 4, 3
 """How many starts are compared on all samples, all being so on a few; and how many are improved."""
 
 RESUMED = "resumed"
@@ -52,7 +52,7 @@ class Search(ABC):
 
     fit, select, report: three sets of samples. ``best`` is at every moment the candidate with the least loss on ``select``; no
     start is better there. ``base`` is the best start. resumed: what an earlier search found, to go on from. left: the share of
-    the budget that is left, 1 to 0; half of it goes to the first improvement, half of the rest to the next.
+    the budget that is left, 1 to 0.
     """
 
     process: ForwardProcess
@@ -129,28 +129,14 @@ class Search(ABC):
     def _climb(self, ranked: dict[str, Plan]) -> Generator[None, None, None]:
         if not self._worthwhile():
             return
-        unfinished: list[tuple[str, Any]] = []
-        budget = self.left()
         for ascent in self.ascents(ranked):
             yield
             if ascent is None:
                 continue
-            budget /= 2.0
-            climb = refine(self.fit, ascent.family, ascent.theta, self.loss)
-            if not (yield from self._follow(ascent.label, climb, budget)):
-                unfinished.append((ascent.label, climb))
-        for label, climb in unfinished:
-            yield from self._follow(label, climb, 0.0)
-
-    def _follow(self, label: str, climb: Any, budget: float) -> Running:
-        """Whether it ended by itself."""
-        for found in climb:
-            if found is not None:
-                yield from self._consider(found.plan, found.loss, label)
-            yield
-            if self.left() < budget:
-                return False
-        return True
+            for found in refine(self.fit, ascent.family, ascent.theta, self.loss):
+                if found is not None:
+                    yield from self._consider(found.plan, found.loss, ascent.label)
+                yield
 
     def _consider(self, plan: Plan, loss: float, label: str) -> Generator[None, None, None]:
         select = self.loss((yield from self.select.errors(plan)))

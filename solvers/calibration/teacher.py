@@ -16,7 +16,7 @@ from .cohort import Cohort, Running, track
 from .families import Plan
 from .states import States
 
-STEPS, MOST, SHARE, ROOM = 20, 640, 0.05, 0.8
+STEPS, MOST, SHARE, ROOM = 40, 640, 0.05, 0.8
 
 
 def lesson(process: ForwardProcess, steps: int) -> Plan:

@@ -233,12 +233,28 @@ def test_samples_are_the_same_at_any_batch_size_and_never_shared():
             3,
         )
         cohorts = set_.split(6)
-        assert [len(c.batches) for c in cohorts] == ([6, 3, 3] if batch == 1 else [2, 2, 2])
+        assert [len(c.batches) for c in cohorts] == ([6, 3, 3] if batch == 1 else [2, 1, 1])
         seen[batch] = [torch.cat([b(lambda problem, x: x.clone()) for b in c.batches]) for c in cohorts]
     for ones, fours in zip(seen[1], seen[4], strict=True):
         assert torch.equal(ones, fours)
     every = torch.cat(seen[1]).flatten(1)
     assert len(torch.unique(every, dim=0)) == 12
+
+
+@pytest.mark.parametrize("extra", [{}, {"strength": 1.0}], ids=["side by side", "by prompt"])
+def test_every_sample_has_its_own_prompt(extra):
+    """The first prediction of each sample is that of a run of this sample alone, with its prompt."""
+    model, prompts = models.unet(), [models.conditioning(seed, **extra) for seed in (3, 4, 5)]
+    ends = []
+    for batch in (1, 4):
+        set_ = samples(model, prompts, CONDITION, {"samples": models.latent(batch)}, 4.0, 3)
+        fit = set_.split(6)[0]
+        with torch.inference_mode():
+            made = [b(lambda problem, x: torch.stack([x, problem.denoise(x, 5.0)], 1).cpu()) for b in fit.batches]
+        rows = torch.cat(made)
+        ends.append(rows[rows[:, 0].flatten(1)[:, 0].argsort()])
+    assert torch.equal(ends[0][:, 0], ends[1][:, 0]) and torch.allclose(ends[0], ends[1], atol=1e-4)
+    assert len(fit.batches) == (2 if not extra else 3)
 
 
 def test_more_prompts_take_turns(folder):
