@@ -71,7 +71,7 @@ BUDGET = [
         default=16,
         min=2,
         max=1024,
-        tooltip="Seeds of the fit. Half as many others choose what is kept, and as many again measure it. 16 is enough for most "
+        tooltip="Seeds of the fit. As many others choose what is kept, and half as many again measure it. 16 is enough for most "
         "models, 32 is safer.",
     ),
     io.Float.Input(

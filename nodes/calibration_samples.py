@@ -27,12 +27,12 @@ class Samples:
     seed: int
 
     def split(self, count: int) -> tuple[Cohort, Cohort, Cohort]:
-        """Samples for the fit, and half as many each to select by and to report on, all of other seeds.
+        """Samples for the fit, as many to select by, and half as many to report on, all of other seeds.
 
         The r-th sample has the r-th prompt, and starts again with the first one after the last.
         """
         half = max(count // 2, 2)
-        edges = [0, count, count + half, count + 2 * half]
+        edges = [0, count, 2 * count, 2 * count + half]
         fit, select, report = (Cohort(self._batches(range(a, b)), size=b - a) for a, b in pairwise(edges))
         return fit, select, report
 
