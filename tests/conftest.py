@@ -23,7 +23,7 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks in the same hook
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "server" in item.fixturenames:
+        if item.path.parent.name in ("server", "browser"):
             item.add_marker(pytest.mark.xdist_group("server"))  # one process has them all, and so the only server
 
 
