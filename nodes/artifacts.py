@@ -15,6 +15,7 @@ from ..solvers.process import ForwardProcess
 
 FOLDER = "quickstep"
 NONE = "none"
+SUFFIXES = (".json", ".safetensors")
 log = logging.getLogger(__name__)
 
 
@@ -32,7 +33,7 @@ def files(kind: str) -> list[str]:
     """Names of the artifacts of this kind, ``NONE`` first."""
     if FOLDER not in folder_paths.folder_names_and_paths:
         return [NONE]
-    names = (n for n in folder_paths.get_filename_list(FOLDER) if n.endswith((".json", ".safetensors")))
+    names = (n for n in folder_paths.get_filename_list(FOLDER) if n.endswith(SUFFIXES))
     return [NONE, *(name for name in names if _kind_of(*_where(name)) == kind)]
 
 

@@ -16,6 +16,7 @@ from ..solvers.caching.composition import FEATURES, REFUSED, SITES, SITUATIONS, 
 from ..solvers.caching.library import ACCELERATORS
 from ..solvers.method import params, parts, summary
 from ..solvers.solver import Solver
+from . import artifacts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "web" / "docs"
@@ -59,7 +60,9 @@ def input_rows(item) -> list[tuple[str, ...]]:
         kind += ", optional"
     allowed = ""
     if "options" in declared:
-        allowed = ", ".join(f"`{option}`" for option in declared["options"])
+        # What lies in the reader's models folder is no part of the page.
+        fixed = [option for option in declared["options"] if not str(option).endswith(artifacts.SUFFIXES)]
+        allowed = ", ".join(f"`{option}`" for option in fixed)
     elif "min" in declared or "max" in declared:
         allowed = f"{number(declared.get('min', ''))} to {number(declared.get('max', ''))}"
     default = declared.get("default", "")

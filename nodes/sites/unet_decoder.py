@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -11,7 +12,7 @@ from ...solvers.caching.accelerator import Plan
 from ...solvers.caching.faster_diffusion import FasterDiffusion, FasterDiffusionSession
 from ...solvers.caching.work import decoder_share
 from .branches import branch_names, with_hooks
-from .unet_walk import Shares, Walk, capturing, record_share, unet_of
+from .unet_walk import Shares, Walk, capturing, record_share, unet_of, with_end, wrapped_further
 
 BASE = "quickstep.base"
 
@@ -67,13 +68,17 @@ def faster_diffusion(model, settings: FasterDiffusion, key: str, forward_key: st
                 return made
             kept = session.kept(branches, blocks + 1, x.device)
             if kept is not None:
-                steps = _fitting(session.ahead(), x, options, kwargs)
+                steps = (
+                    session.ahead()[:1] if wrapped_further(executor) else _fitting(session.ahead(), x, options, kwargs)
+                )
                 record_share(options, forward_key, len(steps) * shares(executor.class_obj, x, context))
-                times = [timesteps, *(_network_time(options[BASE], session, i, timesteps) for i in steps[1:])]
-                outputs = _decoder(executor.class_obj, kept, x, times, context, y, options, **kwargs)
-                for step, output in zip(steps[1:], outputs[1:], strict=True):
+                later = [_network_time(options[BASE], session, i, timesteps) for i in steps[1:]]
+                decoder = partial(_decoder, executor.class_obj, kept, later)
+                out = with_end(executor, decoder)(x, timesteps, context, y, control, options, **kwargs)
+                now, *outputs = out.chunk(len(steps))
+                for step, output in zip(steps[1:], outputs, strict=True):
                     session.foresee(branches, step, output)
-                return outputs[0]
+                return now
             if session.bare:
                 session.missed = True
                 return executor(x, timesteps, context, y, control, options, **kwargs)
@@ -122,15 +127,20 @@ def _network_time(base, session: FasterDiffusionSession, step: int, like: torch.
     return base.model_sampling.timestep(sigma).float().expand(len(like)).to(like)
 
 
-def _decoder(network, kept, x, times, context, y, options, **kwargs) -> tuple[torch.Tensor, ...]:
-    """The outputs at ``times``, where ``kept`` is what enters the decoder and its skips; one batch."""
-    n = len(times)
+def _decoder(
+    network, kept, later, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs
+) -> torch.Tensor:
+    """The output now and at the times ``later``, one batch, where ``kept`` is what enters the decoder and its skips.
+
+    What ControlNets add is in ``kept``.
+    """
+    n = 1 + len(later)
 
     def repeated(value):
         return value if value is None or n == 1 else value.repeat(n, *[1] * (value.ndim - 1))
 
     x, context, y = map(repeated, (x, context, y))
     h, *skips = map(repeated, kept)
-    walk = Walk(network, x, torch.cat(times), context, y, options, **kwargs)
+    walk = Walk(network, x, torch.cat([timesteps, *later]), context, y, transformer_options, **kwargs)
     walk.pass_over([*network.input_blocks, network.middle_block or ()])
-    return walk.outputs(h, skips[::-1], {}).chunk(n)
+    return walk.outputs(h, skips[::-1], {})

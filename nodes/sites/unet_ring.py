@@ -12,7 +12,7 @@ from ...solvers.caching.accelerator import Plan
 from ...solvers.caching.deepcache import DeepCache, DeepCacheSession
 from ...solvers.caching.work import ring_share
 from .branches import branch_names, with_hooks
-from .unet_walk import Shares, Walk, capturing, record_share, unet_of
+from .unet_walk import Shares, Walk, capturing, record_share, unet_of, with_end
 
 
 def hooked(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
@@ -43,7 +43,8 @@ def deepcache(model, settings: DeepCache, key: str, forward_key: str) -> dict[st
             kept = session.kept(branches, x.device)
             if kept is not None:
                 record_share(options, forward_key, shares(executor.class_obj, x, context))
-                return _ring(executor.class_obj, depth, kept, x, timesteps, context, y, control, options, **kwargs)
+                ring = partial(_ring, executor.class_obj, depth, kept)
+                return with_end(executor, ring)(x, timesteps, context, y, control, options, **kwargs)
 
         def capture(h, skip, at):
             if at["block"] == ("output", first):
@@ -55,10 +56,10 @@ def deepcache(model, settings: DeepCache, key: str, forward_key: str) -> dict[st
     return {WrappersMP.APPLY_MODEL: hooked, WrappersMP.DIFFUSION_MODEL: forward}
 
 
-def _ring(network, depth, h, x, timesteps, context, y, control, options, **kwargs):
+def _ring(network, depth, h, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
     """The network's output where ``h`` enters output block ``first = n - 1 - depth`` and only the ring is computed."""
     first = len(network.output_blocks) - 1 - depth
-    walk = Walk(network, x, timesteps, context, y, options, **kwargs)
+    walk = Walk(network, x, timesteps, context, y, transformer_options, **kwargs)
     # Residuals are taken from the end of the list, so the last ones belong to the first output blocks, left out here.
     control = {site: list(residuals) for site, residuals in (control or {}).items()}
     if control.get("output"):

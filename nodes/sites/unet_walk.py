@@ -6,7 +6,7 @@ and a control residual and the same patch points.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import (
     forward_timestep_embed,
     timestep_embedding,
 )
+from comfy.patcher_extension import WrapperExecutor
 
 from ...solvers.caching.work import Share
 
@@ -41,6 +42,16 @@ def record_share(options: dict, forward_key: str, share: float) -> None:
     """Tell the meter, if there is one, which share of the network's work this pass is."""
     if forward_key in options:
         options[forward_key].share = share
+
+
+def wrapped_further(executor: WrapperExecutor) -> bool:
+    """Whether wrappers of other packs come between the one that has ``executor`` and the network."""
+    return executor.idx + 1 < len(executor.wrappers)
+
+
+def with_end(executor: WrapperExecutor, forward: Callable) -> WrapperExecutor:
+    """``executor`` with ``forward`` in place of the network: wrappers further in still see the pass."""
+    return WrapperExecutor.new_class_executor(forward, executor.class_obj, executor.wrappers, executor.idx)
 
 
 def capturing(options: dict, capture) -> dict:

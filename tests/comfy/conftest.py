@@ -24,4 +24,19 @@ args.base_directory = tempfile.mkdtemp(prefix="quickstep-comfy-")
 atexit.register(shutil.rmtree, args.base_directory, ignore_errors=True)
 
 # As ComfyUI's main.py does: its package `utils` first. Later `nodes` puts comfy/ on the path, whose utils.py would hide it.
+import folder_paths  # noqa: E402
+import pytest  # noqa: E402
 import utils.install_util  # noqa: E402, F401
+from quickstep_under_test.nodes import artifacts  # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty models/quickstep folder, registered as the pack does, and nothing of it known to ComfyUI afterwards."""
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    artifacts.register()
+    path = tmp_path / artifacts.FOLDER
+    path.mkdir()
+    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import folder_paths
 import pytest
 import torch
 from quickstep_under_test.nodes import accelerate, artifacts, demo
@@ -24,14 +23,6 @@ def shapes():
         return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
     return model, prompt("a big red circle"), prompt("")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, artifacts.FOLDER, ([str(tmp_path)], set()))
-    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
 
 
 def accelerated(shapes, *, goal="speed-up", speed_up=1.3, max_error=0.5, steps=10, again=False, solver=None):

@@ -20,18 +20,6 @@ from . import models
 RATIOS = Artifact(KIND, {"ratios": [1.0, 1.0, 1.05, 0.97]}, found_for=FoundFor(process="ve", steps=4, cfg=1.0))
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    known = dict(folder_paths.folder_names_and_paths)
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    artifacts.register()
-    path = tmp_path / artifacts.FOLDER
-    path.mkdir()
-    return path
-
-
 def node(id):
     return next(n for n in NODES if n.GET_SCHEMA().node_id == f"Quickstep_{id}")
 

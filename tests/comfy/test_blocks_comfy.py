@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from quickstep_under_test.nodes import artifacts, attach
+from quickstep_under_test.nodes import attach
 from quickstep_under_test.nodes.calibrate_blocks import CalibrateBlocks
 from quickstep_under_test.nodes.sites import families
 from quickstep_under_test.nodes.sites.blocks import blocks
@@ -255,14 +254,6 @@ def test_a_polynomial_of_another_family_is_refused():
     with pytest.raises(ValueError, match="made for Flux, and the model is SD 3"):
         attach.attach(M.sd3(), TeaCache(polynomial="Flux"))
     attach.attach(M.flux(), TeaCache(polynomial="Flux Kontext"))
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    artifacts.register()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, artifacts.FOLDER, ([str(tmp_path)], {".json"}))
-    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
-    return tmp_path
 
 
 def test_calibration_of_a_model_and_its_use(folder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.sample
-import folder_paths
 import pytest
 import torch
 from quickstep_under_test.nodes import artifacts, calibration, calibration_run
@@ -25,14 +24,6 @@ from . import models
 
 CONDITION = models.conditioning(1)
 KINDS = ["flow", "eps", "zsnr"]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, artifacts.FOLDER, ([str(tmp_path)], set()))
-    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
-    yield tmp_path
-    folder_paths.filename_list_cache.pop(artifacts.FOLDER, None)
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,11 @@ from pathlib import Path
 import comfy.context_windows
 import comfy.model_patcher
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from quickstep_under_test.nodes import artifacts, attach
+from quickstep_under_test.nodes import attach
 from quickstep_under_test.nodes.calibrate_linear_ag import CalibrateLinearAG
 from quickstep_under_test.solvers.artifact import load
 from quickstep_under_test.solvers.caching.adaptive_guidance import AdaptiveGuidance
@@ -229,12 +228,8 @@ def test_known_bugs_of_other_packs(model):
     assert last(on).work == pytest.approx((1 + 5 * 0.5) / 6)
 
 
-def test_calibration_of_linear_ag(tmp_path, monkeypatch):
+def test_calibration_of_linear_ag(folder):
     model = M.unet()
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    artifacts.register()
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 8)
     given = dict(
         model=model, positive=M.conditioning(1), negative=M.conditioning(2), sigmas=sigmas, latent_image={"samples": M.latent()},
@@ -245,7 +240,7 @@ def test_calibration_of_linear_ag(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="heun made 15 guided calls in 8 steps"):
             CalibrateLinearAG.execute(sampler=comfy.samplers.sampler_object("heun"), **given)
     assert file == "mine.json" and "with the fit" in text
-    found = load(tmp_path / "quickstep" / file, KIND)
+    found = load(folder / file, KIND)
     assert found.found_for.loss_after is not None and found.found_for.solver == "euler" and found.found_for.cfg == 4.0
     settings = LinearAG(found)
     clone, _, inner = seen(attach.attach(model, settings))

@@ -6,7 +6,6 @@ import comfy.sample
 import folder_paths
 import pytest
 import torch
-from quickstep_under_test.nodes import artifacts
 from quickstep_under_test.nodes.bridge import sampler
 from quickstep_under_test.nodes.usf import DrawTable, LoadTable, SaveTable, SolverToTable, TableSigmas
 from quickstep_under_test.solvers.exponential import DPMSolverPP, SDEDPMSolverPP
@@ -17,15 +16,6 @@ from quickstep_under_test.solvers.usf import USF
 from . import models
 
 SIGMAS = {"eps": [14.0, 6.0, 2.5, 1.0, 0.4, 0.1, 0.0], "flow": [1.0, 0.9, 0.7, 0.45, 0.25, 0.1, 0.0]}
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    artifacts.register()
-    return tmp_path / artifacts.FOLDER
 
 
 def run(model, solver, sigmas):
