@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
+from zlib import crc32
 
 import torch
 from comfy_api.latest import io
@@ -13,9 +15,9 @@ from ..solvers.caching import budget
 from ..solvers.caching.budget import Trial
 from ..solvers.compare import rms_per_sample
 from . import artifacts
-from .attach import attach, on, sampler_name
-from .bridge import process_of
-from .compare import Bench, Contender, empty_as_model_wants
+from .attach import attach, on, sampler_name, sampler_settings
+from .bridge import empty_as_model_wants, process_of
+from .compare import Bench, Contender
 from .derive import PREFIX
 from .fingerprint import fingerprint
 from .show import show_text
@@ -52,7 +54,7 @@ GOAL_INPUTS = [
 class Accelerate(io.ComfyNode):
     """Accelerates a model by a target instead of knobs: it tries what fits this model, and takes what is best for the target.
 
-    The first run with a model, sampler, number of steps and CFG samples one picture with every recipe that the model
+    The first run with a model, sampler with its settings, schedule and CFG samples one picture with every recipe that the model
     takes, about ten runs, next to the uncached one and to plain runs with fewer steps. What it measured is kept in
     ComfyUI's models/quickstep folder and used from then on, for other targets too; *Acceleration plan* uses it on
     another machine. ``report`` says what was chosen, what it costs, and what simply taking fewer steps would have done: where
@@ -97,7 +99,7 @@ class Accelerate(io.ComfyNode):
                 io.Boolean.Input(
                     "measure_again",
                     default=False,
-                    tooltip="Measure even if there is a plan for this model, sampler, steps and CFG.",
+                    tooltip="Measure even if there is a plan for this model, sampler, schedule and CFG.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model"), io.String.Output(display_name="report")],
@@ -124,6 +126,7 @@ class Accelerate(io.ComfyNode):
             model=fingerprint(model),
             process=process_name(process_of(model)),
             solver=sampler_name(sampler),
+            settings={"sampler": sampler_settings(sampler), "sigmas": sigmas.tolist()},
             steps=len(sigmas) - 1,
             cfg=cfg,
             shape=tuple(one["samples"].shape[1:]),
@@ -230,8 +233,8 @@ def _measured(bench: Bench, sampler, sigmas: torch.Tensor) -> list[Trial]:
     trials = []
     for parts, contender in [((), s) for s in shorter] + tried:
         made, cost = bench.run(contender)
-        share = cost.work if cost.work is not None else cost.seconds / max(report.seconds, 1e-9)
-        work = share * cost.calls / max(calls, 1)
+        known = cost.work is not None and calls
+        work = cost.work * cost.calls / calls if known else cost.seconds / max(report.seconds, 1e-9)
         error = rms_per_sample(made, samples)[0] / scale
         trials.append(Trial(parts, len(contender.sigmas) - 1, work, error, cost.seconds))
     return trials
@@ -248,13 +251,15 @@ def thinned(sigmas: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def _path(known: FoundFor) -> str:
+    """Where the plan for these conditions is kept; what the name has no room for, as a number."""
     size = "x".join(map(str, known.shape or ()))
-    name = f"plan_{known.model}_{known.solver}_{known.steps}_cfg{known.cfg:g}_{size}.json"
+    rest = crc32(json.dumps(known.settings, sort_keys=True).encode())
+    name = f"plan_{known.model}_{known.solver}_{known.steps}_cfg{known.cfg:g}_{size}_{rest:08x}.json"
     return os.path.join(artifacts.folder(), "".join(c if c.isalnum() or c in "._-" else "_" for c in name))
 
 
 def _same(found: FoundFor, known: FoundFor) -> bool:
-    names = ("model", "process", "solver", "steps", "cfg", "shape")
+    names = ("model", "process", "solver", "settings", "steps", "cfg", "shape")
     return all(getattr(found, name) == getattr(known, name) for name in names)
 
 

@@ -16,6 +16,7 @@ import comfy.model_management
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
+from ..solvers.artifact import settings_of
 from ..solvers.caching.accelerator import Accelerator, Run, Session
 from ..solvers.caching.composition import check, rank
 from ..solvers.report import Ledger, Meter
@@ -95,6 +96,16 @@ def sampler_name(sampler) -> str:
     """``euler`` for ComfyUI's ``sample_euler``; the class name for a sampler that is not a function."""
     function = getattr(sampler, "sampler_function", None)
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
+
+
+def sampler_settings(sampler) -> dict:
+    """What a SAMPLER was made with, as JSON values: all parameters of ours, the options of any other."""
+    if isinstance(sampler, Sampler):
+        return settings_of(sampler.solver)
+    options = getattr(sampler, "extra_options", None) or {}
+    return {
+        name: value if isinstance(value, bool | int | float | str) else repr(value) for name, value in options.items()
+    }
 
 
 def _measured_run(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):

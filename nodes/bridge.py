@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import comfy.model_sampling
+import comfy.sample
 import comfy.samplers
 import comfy.utils
 import torch
@@ -41,6 +42,16 @@ def process_of(model) -> ForwardProcess:
 def latent_in(model, latent: dict) -> torch.Tensor:
     """The samples of a LATENT in the units samplers see."""
     return model.model.process_latent_in(latent["samples"])
+
+
+def empty_as_model_wants(model, latent: dict) -> dict:
+    """The latent, an empty one resized to the model's channels and scale as ComfyUI's own samplers do."""
+    latent = dict(latent)
+    # Which of these an empty latent carries, and which the function takes, grew with ComfyUI's releases, together.
+    names = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+    noted = {name: latent.pop(name) for name in names if name in latent}
+    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **noted)
+    return latent
 
 
 class Sampler(comfy.samplers.KSAMPLER):

@@ -14,7 +14,7 @@ from ..solvers.caching.profile import KIND
 from ..solvers.caching.profiling import BlockProfiler
 from . import artifacts
 from .attach import attach, on, sampler_name
-from .bridge import process_of
+from .bridge import empty_as_model_wants, process_of
 from .derive import PREFIX
 from .fingerprint import fingerprint
 from .sites.families import chain
@@ -66,7 +66,7 @@ class CalibrateBlocks(io.ComfyNode):
         path = artifacts.free_path(name, ".json", NAME)
         profiler = BlockProfiler()
         measured = attach(model, profiler)
-        image = comfy.sample.fix_empty_latent_channels(measured, latent["samples"])
+        image = empty_as_model_wants(measured, latent)["samples"]
         comfy.sample.sample_custom(
             measured, comfy.sample.prepare_noise(image, seed, latent.get("batch_index")), cfg, sampler, sigmas, positive,
             negative, image, noise_mask=latent.get("noise_mask"), seed=seed,

@@ -16,7 +16,7 @@ from ..solvers.caching.linear_ag import KIND
 from ..solvers.caching.linear_ag_fit import fit, full_steps, loss
 from . import artifacts
 from .attach import on, sampler_name
-from .bridge import process_of
+from .bridge import empty_as_model_wants, process_of
 from .derive import PREFIX
 from .fingerprint import fingerprint
 from .show import show_text
@@ -57,7 +57,7 @@ class CalibrateLinearAG(io.ComfyNode):
                     "history", default=2, min=1, max=6, tooltip="How many steps back the coefficients reach.", advanced=True
                 ),
                 io.Int.Input("runs", default=3, min=2, max=64, tooltip="Runs with full guidance; the last is kept aside."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFF, tooltip="Noise of the first run."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="Noise of the first run."),
                 io.String.Input("name", default="linear_ag", tooltip="Name of the file, without folders or ending."),
             ],
             outputs=[io.String.Output(display_name="file"), io.String.Output(display_name="text")],
@@ -73,11 +73,12 @@ class CalibrateLinearAG(io.ComfyNode):
         times, steps = sigmas.tolist(), len(sigmas) - 1
         if all(full_steps(steps, interval, warmup)):
             raise ValueError(f"{TITLE}: with warmup = {warmup} nothing is left out in {steps} steps; lower it.")
-        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        latent = empty_as_model_wants(model, latent_image)["samples"]
         made = []
         for i in range(runs):
-            noise = comfy.sample.prepare_noise(latent, seed + i)
-            made.append(_recorded(model, noise, cfg, sampler, sigmas, positive, negative, latent, seed + i))
+            own = (seed + i) % 2**64
+            noise = comfy.sample.prepare_noise(latent, own)
+            made.append(_recorded(model, noise, cfg, sampler, sigmas, positive, negative, latent, own))
             if len(made[-1]) != steps:
                 raise ValueError(
                     f"{TITLE}: {sampler_name(sampler)} made {len(made[-1])} guided calls in {steps} steps; it takes a "

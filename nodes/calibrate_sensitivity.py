@@ -19,7 +19,7 @@ from ..solvers.caching.block_skip import KIND, Unit, change
 from ..solvers.caching.layers import CROSS, layer_work
 from . import artifacts
 from .attach import on
-from .bridge import process_of
+from .bridge import empty_as_model_wants, process_of
 from .derive import PREFIX
 from .fingerprint import fingerprint
 from .sites.families import chain
@@ -120,7 +120,6 @@ def scan(model, positive, negative, latent: torch.Tensor, cfg: float, seed: int)
             f"{TITLE}: there is nothing to leave out in this model: its first and last blocks always stay."
         )
     probe = _Probe(model, {round(p * (STEPS - 1)) for p in PROBED})
-    latent = comfy.sample.fix_empty_latent_channels(model, latent)
     noise = comfy.sample.prepare_noise(latent, seed)
     comfy.sample.sample_custom(
         model,
@@ -163,7 +162,7 @@ class BlockSensitivity(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="A typical negative prompt."),
                 io.Latent.Input("latent", tooltip="An empty latent of the size you use; a smaller one is faster."),
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="The guidance scale you use."),
-                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="The noise of the run."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, tooltip="The noise of the run."),
                 io.String.Input("name", default="my_scores", tooltip="Name of the file, without folders or ending."),
             ],
             outputs=[io.String.Output(display_name="file"), io.String.Output(display_name="scores")],
@@ -172,7 +171,7 @@ class BlockSensitivity(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, negative, latent, cfg, seed, name) -> io.NodeOutput:
         path = artifacts.free_path(name, ".json", TITLE)
-        samples = latent["samples"]
+        samples = empty_as_model_wants(model, latent)["samples"]
         rows = scan(model, positive, negative, samples, cfg, seed)
         found_for = FoundFor(
             model=fingerprint(model), process=process_name(process_of(model)), steps=STEPS, cfg=float(cfg), seed=seed,

@@ -11,8 +11,7 @@ import comfy.samplers
 import torch
 
 from ..solvers.calibration.cohort import Batch, Cohort, Visit
-from .bridge import process_of, visitor
-from .compare import empty_as_model_wants
+from .bridge import empty_as_model_wants, process_of, visitor
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from ..solvers.report import RunReport
 from ..solvers.schedules import ExponentialSchedule
 from ..solvers.solver import check_times
 from .attach import ledger_of, measure, sampler_name
-from .bridge import distinct, process_of, sampler
+from .bridge import distinct, empty_as_model_wants, process_of, sampler
 from .plot import line_plot, picture_grid, to_image, to_pictures
 from .show import show_text
 
@@ -262,16 +262,6 @@ class Bench:
 def row(contender: Contender, reports: list[RunReport], errors) -> Row:
     last = reports[-1]
     return Row(contender.label, last.calls, last.work, median(r.seconds for r in reports), tuple(errors))
-
-
-def empty_as_model_wants(model, latent: dict) -> dict:
-    """The latent, an empty one resized to the model's channels and scale as ComfyUI's own samplers do."""
-    latent = dict(latent)
-    # Which of these an empty latent carries, and which the function takes, grew with ComfyUI's releases, together.
-    names = ("downscale_ratio_spacial", "downscale_ratio_temporal")
-    noted = {name: latent.pop(name) for name in names if name in latent}
-    latent["samples"] = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **noted)
-    return latent
 
 
 def decoded(vae, samples: torch.Tensor):

@@ -194,6 +194,26 @@ def test_low_and_high_frequencies(shape):
     assert torch.allclose(low_pass(half, 0.25), half) and not torch.allclose(half, value)
 
 
+def test_frequencies_of_sound_are_those_of_time():
+    value = torch.cos(2 * torch.pi * torch.arange(16) / 16) + 0.5 * torch.cos(2 * torch.pi * 6 * torch.arange(16) / 16)
+    sound = value.expand(1, 3, 16) + torch.tensor([0.0, 1.0, 2.0])[None, :, None]  # channels are no frequency
+    slow = torch.cos(2 * torch.pi * torch.arange(16) / 16) + torch.tensor([0.0, 1.0, 2.0])[None, :, None]
+    assert torch.allclose(low_pass(sound, 0.2), slow, atol=1e-5) and torch.allclose(
+        low_pass(sound, 1.0), sound, atol=1e-5
+    )
+
+
+def test_a_packed_latent_has_no_frequencies():
+    """Sound and video in one row: the difference is reused as it is, whatever the weights."""
+    session = FasterCFG(interval=5, low=1.0, high=1.0, start_percent=0.0).start(Run(TIMES))
+    t = torch.ones(1)
+    with session.call(TIMES[0]):
+        D_c, D_u = torch.randn(2, 1, 1, 24).unbind(0)
+        session.learn("key", D_c, t, D_c, D_u)
+    with session.call(TIMES[1]):
+        assert torch.allclose(session.answer("key", D_c, t, D_c), D_u, atol=1e-5)
+
+
 def test_faster_cfg_does_not_compound():
     """The published program multiplies what it stored at every skip; here the factor is that of one."""
     run = Run(TIMES)

@@ -162,6 +162,21 @@ def test_along_the_steps_a_line_is_forecast_exactly(domain):
     assert distance(uneven, whole) > 1e-3
 
 
+@pytest.mark.parametrize("coordinate", ["step", "log-snr"])
+def test_chebyshev_is_fitted_from_the_first_call_to_the_last(coordinate):
+    grid = times(VE, 20)
+    settings = StepForecast(mode="interval", interval=1, forecast="chebyshev", coordinate=coordinate)
+    session = settings.start(Run(grid, process=VE))
+    seen = []
+
+    def network(x, t):
+        seen.append(session.coordinate(t))
+        return 0.5 * x
+
+    Sampled(settings, grid=grid, network=network, session=session)
+    assert len(seen) == 20 and (seen[0], seen[-1]) == pytest.approx(settings.ends(Run(grid, process=VE)))
+
+
 def test_the_window_is_kept():
     settings = StepForecast(mode="interval", interval=10, warmup=1, tail=0)
     grid = times(VE, 20)

@@ -18,6 +18,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -119,6 +120,9 @@ class BlockSession(Session):
         self.since = -math.inf
         """The coordinate of the last full call: what is older belongs to a branch that had no part in it."""
         self.step = 0
+        self._judging = Lock()
+        profile = settings.profile
+        self._source = profile.source if profile is not None else None
 
     def decide(self, t: float, position: Position) -> Plan:
         self.verdict, self.step = None, position.step
@@ -152,11 +156,12 @@ class BlockSession(Session):
         """
         if self.plan is not Plan.PARTIAL or not self.store.has(keys, since=self.since):
             return None
-        if self.verdict is None:
-            self.verdict = self.judge(keys, watched)
-            self.hits = self.hits + 1 if self.verdict else 0
-            if not self.verdict:
-                self.since = self.run.coordinate(self.t)
+        with self._judging:  # ComfyUI's multi-GPU runs the passes of a call in threads
+            if self.verdict is None:
+                self.verdict = self.judge(keys, watched)
+                self.hits = self.hits + 1 if self.verdict else 0
+                if not self.verdict:
+                    self.since = self.run.coordinate(self.t)
         return self.store.forecast(keys, self.run.coordinate(self.t), self.weights, device) if self.verdict else None
 
     def judge(self, keys: Sequence[Hashable], watched: torch.Tensor) -> bool:
@@ -169,9 +174,8 @@ class BlockSession(Session):
 
     def sees(self, shape: tuple[int, ...]) -> None:
         """The latent's shape in a pass; said where a calibration was made for another one."""
-        profile = self.settings.profile
-        if profile is not None and profile.source is not None and not self.notes:
-            said = mismatches(profile.source, shape=shape)
+        if self._source is not None and not self.notes:
+            said = mismatches(self._source, shape=shape)
             self.notes += (
                 [f"{self.settings.title}: the calibration may not fit. {said[0]}".removesuffix(".")] if said else []
             )

@@ -17,7 +17,14 @@ from .tracker import Position
 
 
 def low_pass(value: torch.Tensor, radius: float) -> torch.Tensor:
-    """The frequencies of the last two dimensions no farther from 0 than ``radius`` times the shorter one, in its cycles."""
+    """The frequencies no farther from 0 than ``radius`` times the shorter side, in its cycles.
+
+    value: a latent with its sides last: two of a picture or video (B, C, ..., H, W), one of sound (B, C, T).
+    """
+    if value.ndim < 4:
+        n = value.shape[-1]
+        kept = torch.fft.rfftfreq(n, 1.0 / n, device=value.device) <= radius * n
+        return torch.fft.irfft(torch.fft.rfft(value) * kept, n=n)
     h, w = value.shape[-2:]
     fy = torch.fft.fftfreq(h, 1.0 / h, device=value.device)[:, None]
     fx = torch.fft.rfftfreq(w, 1.0 / w, device=value.device)[None, :]
@@ -29,8 +36,8 @@ def low_pass(value: torch.Tensor, radius: float) -> torch.Tensor:
 class FasterCFG(Accelerator):
     """Computes the negative side of guidance in one call of five and makes it of the positive one in between.
 
-    With delta = d_u - d_c of the last full call, d = (x - D) / t, and L, H the low and high frequencies of its last two
-    dimensions, a partial call computes D_c alone and gets
+    With delta = d_u - d_c of the last full call, d = (x - D) / t, and L, H its low and high frequencies in space (in time,
+    for sound), a partial call computes D_c alone and gets
 
         d_u = d_c + w_1 L(delta) + w_2 H(delta),    w_1 = 1 + low before ``turn``, w_2 = 1 + high from there on.
 
@@ -44,7 +51,8 @@ class FasterCFG(Accelerator):
     CFG 4.
 
     ``interval`` 1 gives exactly the unaccelerated result. Works with every model, sampler and guider that has one
-    positive and one negative side; without one it does nothing and says so.
+    positive and one negative side; without one it does nothing and says so. Where sound and video are sampled together,
+    ComfyUI packs both into one row, which has no frequencies: there delta is reused as it is.
 
     Source: Lv et al. (2024), arXiv:2410.19355, eq. 9 to 11; radius and defaults as in diffusers' hooks/faster_cache.py.
     """
@@ -125,6 +133,8 @@ class FasterCFGSession(Guiding):
     def answer(self, key: Hashable, x: torch.Tensor, t: torch.Tensor, D_c: torch.Tensor) -> torch.Tensor:
         found = self.store.get([key])
         assert found is not None, "ready() comes first"
+        if found.ndim == 3 and found.shape[1] == 1:  # packed
+            return unconditional(t, D_c, found)
         low = low_pass(found, self.settings.radius)
         more = self.settings.high * (found - low) if self.late else self.settings.low * low
         return unconditional(t, D_c, found + more)

@@ -150,16 +150,20 @@ class StepForecast(WholeCalls):
         evenly = {round(first - 1 + gap * (k + 1)) for k in range(rest)}
         return {*range(first), *evenly, *range(steps - self.tail, steps)}
 
-    def weights(self, session: DerivativeSession, run: Run) -> Weights:
+    def weights(self, run: Run) -> Weights:
         """The forecast of a run."""
         kinds = {
             "polynomial": lambda: lagrange(self.order),
             "taylor": lambda: taylor(self.order),
-            "chebyshev": lambda: chebyshev(
-                self.order, (session.coordinate(run.times[0]), session.coordinate(run.times[-2]))
-            ),
+            "chebyshev": lambda: chebyshev(self.order, self.ends(run)),
         }
         return kinds[self.forecast]()
+
+    def ends(self, run: Run) -> tuple[float, float]:
+        """The coordinates of the first and the last call of a run with one per step."""
+        if self.coordinate == "step":
+            return 0.0, run.steps - 1.0
+        return run.coordinate(run.times[0]), run.coordinate(run.times[-2])
 
     def start(self, run: Run) -> StepForecastSession:
         return StepForecastSession(self, run)
@@ -182,7 +186,7 @@ class StepForecastSession(DerivativeSession):
         else:
             self.policy = Planned(settings.full_steps(run.steps))
         self.gain = Gain(settings.gain, settings.adapt)
-        self.weights = settings.weights(self, run) if run.steps else lagrange(0)
+        self.weights = settings.weights(run) if run.steps else lagrange(0)
 
     def coordinate(self, t: float) -> float:
         if self.settings.coordinate == "log-snr":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 import pytest
 import torch
 from quickstep_under_test.nodes import accelerate, artifacts, demo
@@ -25,12 +26,13 @@ def shapes():
     return model, prompt("a big red circle"), prompt("")
 
 
-def accelerated(shapes, *, goal="speed-up", speed_up=1.3, max_error=0.5, steps=10, again=False, solver=None):
+def accelerated(shapes, *, goal="speed-up", speed_up=1.3, max_error=0.5, steps=10, again=False, solver=None, end=0.0):
     model, positive, negative = shapes
     process = process_of(model)
     sigmas = torch.from_numpy(ExponentialSchedule()(process, process.t_max, process.t_min, steps)).float()
+    sigmas[-1] = end
     latent = {"samples": torch.zeros(2, 3, 32, 32)}
-    given = sampler(solver or DDIM())
+    given = solver if isinstance(solver, comfy.samplers.KSAMPLER) else sampler(solver or DDIM())
     return Accelerate.execute(
         model, positive, negative, given, sigmas, latent, 3.0, goal, speed_up, max_error, 1, again
     ).args
@@ -62,11 +64,23 @@ def test_whatever_the_first_target_every_recipe_is_tried(shapes, folder, monkeyp
     assert on(model) and "StepForecast" in text and "DeepCache" in text
 
 
-def test_other_steps_and_samplers_are_measured_anew(shapes, folder):
+def test_other_schedules_and_samplers_are_measured_anew(shapes, folder, monkeypatch):
+    monkeypatch.setattr(budget, "RECIPES", budget.RECIPES[2:3])
+    others = [
+        {"steps": 7},
+        {"solver": SDEDPMSolverPP()},
+        {"solver": SDEDPMSolverPP(eta=0.5)},
+        {"end": 0.01},
+        {"solver": comfy.samplers.ksampler("euler")},
+        {"solver": comfy.samplers.ksampler("euler", {"s_churn": 1.0})},
+    ]
     accelerated(shapes, steps=6)
-    accelerated(shapes, steps=7)
-    accelerated(shapes, steps=6, solver=SDEDPMSolverPP())
-    assert len(list(folder.iterdir())) == 3
+    for number, other in enumerate(others):
+        accelerated(shapes, **{"steps": 6, **other})
+        assert len(list(folder.iterdir())) == 2 + number
+    monkeypatch.setattr(accelerate, "_measured", lambda *_: pytest.fail("measured twice"))
+    for other in others:
+        accelerated(shapes, **{"steps": 6, **other})
 
 
 def test_what_it_cannot_measure_is_refused(shapes, folder):

@@ -235,6 +235,27 @@ def test_an_unknown_branch_is_computed_in_full_and_kept(model):
 
 
 @pytest.mark.smoke
+def test_other_packs_wrappers_around_the_network_run_in_every_pass(model):
+    """They stand inside of ours, whichever was put on first, and get what the network gets and make what it makes."""
+    seen = []
+
+    def other(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        seen.append(KEY)
+        return 0.9 * executor(
+            x, timesteps, 1.1 * context, y, control=control, transformer_options=transformer_options, **kwargs
+        )
+
+    before, after = model.clone(), attach.attach(model, DeepCache(interval=3))
+    before.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", other)
+    before = attach.attach(before, DeepCache(interval=3))
+    after.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", other)
+    made = M.sample(before, steps=6)
+    assert len(seen) == 6 and last(before).partial > 0
+    assert torch.equal(M.sample(after, steps=6), made) and len(seen) == 12
+    assert not close(M.sample(attach.attach(model, DeepCache(interval=3)), steps=6), made)
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_2m", "euler_ancestral", "euler_cfg_pp"])
 def test_interval_one_changes_no_bit(model, sampler):
     once = attach.attach(model, DeepCache(interval=1))

@@ -212,6 +212,27 @@ def test_with_several_calls_per_step_nothing_is_wrong(model, sampler, rows):
     assert decoder_passes(model, PARALLEL, sampler) == rows
 
 
+@pytest.mark.smoke
+def test_other_packs_wrappers_around_the_network_run_in_every_pass(model):
+    """They stand inside of ours, whichever was put on first, and get what the network gets and make what it makes."""
+    seen = []
+
+    def other(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
+        seen.append(KEY)
+        return 0.9 * executor(
+            x, timesteps, 1.1 * context, y, control=control, transformer_options=transformer_options, **kwargs
+        )
+
+    before, after = model.clone(), attach.attach(model, PARALLEL)
+    before.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", other)
+    before = attach.attach(before, PARALLEL)
+    after.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", other)
+    made = M.sample(before, steps=6)
+    assert len(seen) == 6 and last(before).partial > 0
+    assert torch.equal(M.sample(after, steps=6), made) and len(seen) == 12
+    assert not close(M.sample(attach.attach(model, PARALLEL), steps=6), made)
+
+
 def test_little_memory_makes_the_batch_smaller(model, monkeypatch):
     need = model.model.memory_required([4, 4, 8, 8]) * 1.5  # two steps of two conditionings
     for free, rows in ((need + 1, [2, 4, 2, 2, 2]), (need - 1, [2, 2, 2, 2, 2, 2])):
