@@ -106,7 +106,7 @@ class Pursuit:
             "teacher_steps": search.teacher_steps,
             "select_before": min((t.select for t in search.trials if t.label == search.base_label), default=None),
             "select_after": min(trial.select for trial in search.trials),
-        }
+        } | search.extra()
         found_for = FoundFor(
             model=fingerprint(self.samples.model),
             process=process_name(search.process),

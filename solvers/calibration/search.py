@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +110,10 @@ class Search(ABC):
     def release(self) -> None:
         """Frees what the teacher keeps; here nothing."""
         return
+
+    def extra(self) -> dict[str, Any]:
+        """What else goes into the file; here nothing."""
+        return {}
 
     def _rank(self, finalists: list[str]) -> Running:
         """The starts, best first; what is resumed before all."""
