@@ -12,7 +12,8 @@ from ..process import ForwardProcess
 from .cohort import Cohort
 from .gits import LEVELS, chosen_times, distances
 from .grams import spread, trajectories
-from .proposal import Measured, Measuring, Proposal, rounded
+from .paths import packed
+from .proposal import Measured, Measuring, Proposal
 from .teacher import Trajectories
 
 
@@ -54,7 +55,7 @@ class BOSS(Proposal):
             cost += distances(process, times, G) * weight
             count += 1
             yield None
-        yield {"sigmas": times, "cost": rounded([row[i + 1 :] for i, row in enumerate((cost / count).tolist())])}
+        yield {"sigmas": times, "cost": packed(cost / count)}
 
     def times(self, measured: Measured, process: ForwardProcess, steps: int, order: int) -> list[float]:
         return chosen_times(measured, steps, 1.0)

@@ -11,12 +11,12 @@ from ..method import param
 from ..process import ForwardProcess
 from .cohort import Cohort
 from .grams import jumps, spread, trajectories
-from .paths import cheapest
-from .proposal import Measured, Measuring, Proposal, rounded
+from .paths import cheapest, packed, unpacked
+from .proposal import Measured, Measuring, Proposal
 from .teacher import Trajectories
 
-_FLAT = 1e-6
-"""Of a state's size: trajectories that deviate less are straight to rounding."""
+_FLAT = 1e-4
+"""Of a state's size: trajectories that deviate less are straight, to rounding."""
 
 LEVELS: dict[str, Any] = dict(
     default=60,
@@ -74,21 +74,17 @@ class GITS(Proposal):
         assert teacher is not None
         chosen = spread(teacher, self.levels)
         times = [*(teacher.plan.times[i] for i in chosen), 0.0]
-        costs = {"dev": 0.0, "l2": 0.0}
-        straight, count = 0.0, 0
+        N, count, bend = len(chosen), 0, 0.0
+        costs = {metric: np.zeros((N, N + 1)) for metric in ("dev", "l2")}
         for G in trajectories(cohort, teacher, chosen):
-            squares = distances(process, times, G)
-            bent, others = deviations(process, times, G)
-            costs["l2"] = costs["l2"] + np.sqrt(squares)
-            costs["dev"] = costs["dev"] + bent - others
-            straight = max(straight, float(others.max() / np.sqrt(G[len(chosen), len(chosen)] + 1e-30)))
-            count += 1
+            costs["l2"] += np.sqrt(distances(process, times, G))
+            jumped, own = deviations(process, times, G)
+            costs["dev"] += jumped - own
+            size = np.sqrt(np.diag(G)[: N + 1]) / _alphas(process, times)
+            bend, count = max(bend, float((own / np.maximum(size, 1e-30)).max())), count + 1
             yield None
-        metric = self.metric if straight > _FLAT else "l2"
-        yield {
-            "sigmas": times,
-            "cost": rounded([row[i + 1 :] for i, row in enumerate((costs[metric] / count).tolist())]),
-        }
+        metric = self.metric if bend > _FLAT else "l2"
+        yield {"sigmas": times, "cost": packed(costs[metric] / count)}
 
     def times(self, measured: Measured, process: ForwardProcess, steps: int, order: int) -> list[float]:
         return chosen_times(measured, steps, self.gamma)
@@ -96,11 +92,8 @@ class GITS(Proposal):
 
 def chosen_times(measured: Measured, steps: int, gamma: float) -> list[float]:
     """The cheapest way over a measurement's levels ``sigmas``, whose ``cost`` has a row for each: to all later ones."""
-    times, rows = measured["sigmas"], measured["cost"]
-    cost = np.zeros((len(times), len(times)))
-    for i, row in enumerate(rows):
-        cost[i, i + 1 :] = row
-    return [times[i] for i in cheapest(cost, steps, gamma)]
+    times = measured["sigmas"]
+    return [times[i] for i in cheapest(unpacked(measured["cost"], len(times)), steps, gamma)]
 
 
 def distances(process: ForwardProcess, times: list[float], G: np.ndarray) -> np.ndarray:

@@ -7,11 +7,14 @@ from typing import Any
 from ..method import Method
 from ..process import ForwardProcess
 from ..schedules import CLOSED_FORMS
+from .ays import AlignYourStepsOnModel
 from .boss import BOSS
+from .curvature import Curvature
 from .gits import GITS
+from .oss import OptimalSteps
 from .proposal import Proposal, blended
 
-PROPOSALS: tuple[type[Proposal], ...] = (GITS, BOSS)
+PROPOSALS: tuple[type[Proposal], ...] = (AlignYourStepsOnModel, GITS, OptimalSteps, BOSS, Curvature)
 """Each is a node."""
 
 

@@ -26,3 +26,16 @@ def cheapest(cost: np.ndarray, n: int, gamma: float = 1.0) -> list[int]:
     for choice in reversed(chosen):
         path.append(int(choice[path[-1]]))
     return [*path, N - 1]
+
+
+def packed(cost: np.ndarray) -> list[list[float]]:
+    """For each level the costs of jumps to all later ones, in 6 digits: short in a file."""
+    return [[float(f"{v:.6g}") for v in row[i + 1 :]] for i, row in enumerate(cost.tolist())]
+
+
+def unpacked(rows: list[list[float]], N: int) -> np.ndarray:
+    """(N, N), from ``packed``; rows may be missing at the end, where there is nothing to jump to."""
+    cost = np.zeros((N, N))
+    for i, row in enumerate(rows):
+        cost[i, i + 1 :] = row
+    return cost
