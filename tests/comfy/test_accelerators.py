@@ -68,6 +68,12 @@ def plain(name, **options):
     return sample(model_of(name), name, **options)
 
 
+@cache
+def unaccelerated(run, name, cfg):
+    """``run(model, name, cfg)`` without any accelerator; computed once."""
+    return run(model_of(name), name, cfg)
+
+
 def split_calls(monkeypatch):
     """No memory for positive and negative conditioning in one network call."""
     monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 0)
@@ -196,7 +202,7 @@ def test_split_and_joined_conditionings_are_the_same(variant, name, monkeypatch)
     assert close(sample(on, name, cfg=cfg), together, 2e-5)
 
 
-SAMPLERS = ("heun", "dpmpp_2m", "dpm_2", "euler_ancestral", "dpmpp_2m_sde", "uni_pc", "euler_cfg_pp", "dpm_adaptive")
+SAMPLERS = ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "euler_cfg_pp", "dpm_adaptive")
 
 
 @under("samplers")
@@ -204,7 +210,7 @@ def test_every_kind_of_sampler(variant, name):
     model, cfg = model_of(name), variant.cfg[-1]
     on = attach.attach(model, variant.active)
     for sampler in SAMPLERS:
-        assert sample(on, name, sampler=sampler, cfg=cfg, steps=5).isfinite().all(), sampler
+        assert sample(on, name, sampler=sampler, cfg=cfg, steps=4).isfinite().all(), sampler
         if sampler == "dpm_adaptive" and variant.active.site not in ("tuning", "tokens", "tiles"):
             assert last(on).partial == last(on).skipped == 0 and "is off" in last(on).line()
 
@@ -212,18 +218,21 @@ def test_every_kind_of_sampler(variant, name):
 @under("areas")
 def test_areas_masks_and_inpainting(variant, name):
     model, cfg = model_of(name), variant.cfg[-1]
-    on = attach.attach(model, variant.active)
+    plainly = unaccelerated(inpainted, name, cfg)
+    made = inpainted(attach.attach(model, variant.active), name, cfg)
+    kept = made[..., 4:, :] - plainly[..., 4:, :]
+    assert made.isfinite().all() and float(kept.abs().max()) < 1e-5 and not torch.equal(made, torch.zeros_like(made))
+    assert torch.equal(inpainted(attach.attach(model, variant.neutral), name, cfg), plainly)
+
+
+def inpainted(model, name, cfg):
+    """The upper half of a latent, with a second prompt on its left."""
     positive, negative = prompts(name)
     area = [[positive[0][0], {**positive[0][1], "area": (8, 4, 0, 0), "strength": 1.0}]]
-    conds = (positive + area, negative)
     mask = torch.zeros(1, 1, 8, 8)
     mask[..., :4, :] = 1.0
     x = M.latent(1, CHANNELS.get(name, 4), 8)
-    options = dict(positive=conds[0], negative=conds[1], x=x, mask=mask, cfg=cfg, steps=5)
-    plainly, made = M.sample(model, **options), M.sample(on, **options)
-    kept = made[..., 4:, :] - plainly[..., 4:, :]
-    assert made.isfinite().all() and float(kept.abs().max()) < 1e-5 and not torch.equal(made, torch.zeros_like(made))
-    assert torch.equal(M.sample(attach.attach(model, variant.neutral), **options), plainly)
+    return M.sample(model, positive=positive + area, negative=negative, x=x, mask=mask, cfg=cfg, steps=5)
 
 
 class Residuals(comfy.controlnet.ControlBase):
@@ -252,21 +261,37 @@ class Residuals(comfy.controlnet.ControlBase):
 def test_controlnet(variant, name):
     """Its residuals arrive, and only once."""
     model, cfg = model_of(name), variant.cfg[-1]
-    conds = prompts(name, control=Residuals(name)) if name in ("sd3", "flux", "unet") else prompts(name)
-    options = dict(conds=conds, cfg=cfg, steps=5)
-    unaccelerated = sample(model, name, **options)
-    assert torch.equal(sample(attach.attach(model, variant.neutral), name, **options), unaccelerated)
-    made = sample(attach.attach(model, variant.active), name, **options)
+    plainly = unaccelerated(controlled, name, cfg)
+    assert torch.equal(controlled(attach.attach(model, variant.neutral), name, cfg), plainly)
+    on = attach.attach(model, variant.active)
+    made = controlled(on, name, cfg)
     assert made.isfinite().all()
-    if len(conds[0][0][1]) > len(prompts(name)[0][0][1]):
-        assert not torch.equal(unaccelerated, plain(name, cfg=cfg, steps=5))
-        assert not torch.equal(made, sample(attach.attach(model, variant.active), name, cfg=cfg, steps=5))
+    if name in CONTROLLED:
+        assert not torch.equal(plainly, plain(name, cfg=cfg, steps=5))
+        assert not torch.equal(made, sample(on, name, cfg=cfg, steps=5))
+
+
+CONTROLLED = ("sd3", "flux", "unet")
+
+
+def controlled(model, name, cfg):
+    conds = prompts(name, control=Residuals(name)) if name in CONTROLLED else prompts(name)
+    return sample(model, name, conds=conds, cfg=cfg, steps=5)
 
 
 @under("hooks")
 def test_scheduled_lora_hooks(variant, name):
     """A LoRA whose strength changes in the middle of the run, on one of the two conditionings."""
     model, cfg = model_of(name), variant.cfg[-1]
+    plainly = unaccelerated(hooked, name, cfg)
+    assert not torch.equal(plainly, plain(name, cfg=cfg, steps=5))
+    assert torch.equal(hooked(attach.attach(model, variant.neutral), name, cfg), plainly)
+    on = attach.attach(model, variant.active)
+    made = hooked(on, name, cfg)
+    assert made.isfinite().all() and not torch.equal(made, sample(on, name, cfg=cfg, steps=5))
+
+
+def hooked(model, name, cfg):
     weight = next(n for n, p in model.model.diffusion_model.named_parameters() if p.ndim == 2)
     shape = model.model.diffusion_model.get_parameter(weight).shape
     g = torch.Generator().manual_seed(0)
@@ -280,11 +305,7 @@ def test_scheduled_lora_hooks(variant, name):
     group.set_keyframes_on_hooks(frames)
     positive, negative = prompts(name)
     conds = ([[positive[0][0], {**positive[0][1], "hooks": group}]], negative)
-    options = dict(conds=conds, cfg=cfg, steps=5)
-    unaccelerated = sample(model, name, **options)
-    assert not torch.equal(unaccelerated, plain(name, cfg=cfg, steps=5))
-    assert torch.equal(sample(attach.attach(model, variant.neutral), name, **options), unaccelerated)
-    assert sample(attach.attach(model, variant.active), name, **options).isfinite().all()
+    return sample(model, name, conds=conds, cfg=cfg, steps=5)
 
 
 @under("few steps")
@@ -321,9 +342,10 @@ def test_two_accelerators_run_together_or_say_why_not(name):
             with pytest.raises(ValueError, match="cannot be used together"):
                 attach.attach(attach.attach(model, a.active), b.active)
             continue
-        orders = [attach.attach(attach.attach(model, x.active), y.active) for x, y in ((a, b), (b, a))]
-        made = [sample(m, name, cfg=a.cfg[-1], steps=5) for m in orders]
-        assert made[0].isfinite().all() and torch.equal(*made), f"{a} and {b}: the order of the nodes matters"
+        one, other = (attach.attach(attach.attach(model, x.active), y.active) for x, y in ((a, b), (b, a)))
+        nested = [{kind: list(keys) for kind, keys in m.wrappers.items()} for m in (one, other)]
+        assert nested[0] == nested[1], f"{a} and {b}: the order of the nodes matters"
+        assert sample(one, name, cfg=a.cfg[-1], steps=5).isfinite().all(), f"{a} and {b}"
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
