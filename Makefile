@@ -5,7 +5,7 @@ PYTHON ?= python3
 BED = $(PYTHON) demo/testbed.py
 PORT ?= 8188
 
-.PHONY: demo serve test test-matrix lint bench bench-orders bench-overhead bench-demo bench-solvers bench-defects bench-accelerators docs workflows train-demo clean
+.PHONY: demo serve test test-matrix lint bench bench-orders bench-overhead bench-demo bench-solvers bench-defects bench-accelerators bench-calibrated docs workflows train-demo clean
 
 demo:         ## pictures and the comparison table, into output/
 	@$(BED) run python -m demo.run $(ARGS)
@@ -27,7 +27,7 @@ lint:         ## ruff and pyright
 bench:        ## measurements, into benchmarks/results/
 	@$(BED) --tests run python benchmarks/run.py $(ARGS)
 
-bench-orders bench-overhead bench-demo bench-solvers bench-defects bench-accelerators:  ## one; solvers, accelerators take hours, --quick less
+bench-orders bench-overhead bench-demo bench-solvers bench-defects bench-accelerators bench-calibrated:  ## one; solvers, accelerators, calibrated take hours, --quick less
 	@$(BED) --tests run python benchmarks/$(subst demo,demo_table,$(subst bench-,,$@)).py $(ARGS)
 
 docs:         ## help pages and the README's tables, from the docstrings

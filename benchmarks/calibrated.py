@@ -1,0 +1,200 @@
+"""What calibrations on the model bring, on prompts and seeds that no fit has seen: ``make bench-calibrated``.
+
+    python benchmarks/calibrated.py                    what is missing of the whole grid, then the report (many hours)
+    python benchmarks/calibrated.py --quick            UNet and DiT at 5, 8 and 10 calls, CFG 4 (about an hour)
+    python benchmarks/calibrated.py --report           the report alone
+
+Every calibration runs as its node does, on 8 captions and its own seeds; the report is on 16 other captions and noise. Beside it
+stand, on the same report: the best pairs of sampler and schedule of ComfyUI's core and of Quickstep (the ``--keep`` best of
+``solvers.py``'s screening, and of those the best *on the report*, so both have luck on their side and the calibration has not),
+core's frozen tables, and what was found at another CFG. Results are JSON lines in ``output/calibrated.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from _pack import import_comfy, import_pack, prompts
+
+import_comfy()
+import_pack()
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from _calibrated_report import written  # noqa: E402
+from _candidates import CORE, QUICKSTEP, samplers, schedules, within  # noqa: E402
+from _problems import OUTPUT, SEED, Network, problem  # noqa: E402
+from quickstep.demo import world  # noqa: E402
+from quickstep.nodes import artifacts, calibration, demo  # noqa: E402
+from quickstep.nodes.bridge import sampler  # noqa: E402
+from quickstep.solvers.exponential import DPMSolverPP  # noqa: E402
+from quickstep.solvers.unipc import UniPC  # noqa: E402
+
+RESULTS = OUTPUT / "calibrated.jsonl"
+FILES = OUTPUT / "calibrated"
+NETWORKS, STEPS, SCALES = ("unet", "dit", "unet_small"), (8, 5, 10, 6, 4, 20), (4.0, 1.0, 7.5)
+PICTURES, PROMPTS = 16, 8
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network, number of network calls and guidance scale."""
+
+    network: str
+    steps: int
+    cfg: float
+
+    def key(self, what: str) -> str:
+        return f"{self.network}|{self.steps}|{self.cfg:g}|{what}"
+
+
+def given(cell: Cell, minutes: float) -> dict:
+    """The inputs that every calibration node has."""
+    model, clip = demo.load_model(cell.network), demo.load_clip()
+    _, _, captions = world.sample(PROMPTS, torch.Generator().manual_seed(SEED + 500))
+    first, *others = [prompts(clip, [caption]) for caption in captions]
+    return {
+        "model": model, "positive": first, "negative": prompts(clip, [""]), "latent": {"samples": torch.zeros(PROMPTS, 3, 32, 32)},
+        "cfg": cell.cfg, "steps": cell.steps, "samples": 24, "minutes": minutes, "seed": SEED + 600,
+        "name": cell.key("found").replace("|", "_"), "prompts": {f"prompt{i}": p for i, p in enumerate(others)},
+    }  # fmt: skip
+
+
+def fitted(cell: Cell, minutes: float):
+    made = calibration.FitSolver.execute(**given(cell, minutes)).args
+    return made[0], made[1], made[-1]
+
+
+def scheduled(solver) -> Callable:
+    def run(cell: Cell, minutes: float):
+        made = calibration.OptimizeSchedule.execute(**given(cell, minutes), sampler=sampler(solver)).args
+        return sampler(solver), made[0], made[-1]
+
+    return run
+
+
+CALIBRATIONS: dict[str, Callable] = {
+    "Fit Solver": fitted,
+    "Optimize Schedule, DPM-Solver++ 2M": scheduled(DPMSolverPP()),
+    "Optimize Schedule, UniPC": scheduled(UniPC()),
+}
+
+
+def usual(cell: Cell, keep: int) -> Iterator[tuple[str, str, object, torch.Tensor]]:
+    """(side, label, sampler, sigmas) of the best usual pairs, and of core's frozen tables."""
+    made = schedules(problem(cell.network).sampling)
+    records = [json.loads(line) for line in (OUTPUT / "solvers.jsonl").read_text(encoding="utf-8").splitlines()]
+    screened = [
+        r
+        for r in records
+        if r["problem"] == f"{cell.network} screening" and "mean" in r and r["candidate"] in samplers()
+    ]
+    if not screened:
+        raise SystemExit(
+            f"output/solvers.jsonl has no screening of {cell.network}: run benchmarks/solvers.py --only {cell.network}."
+        )
+    nearest = min((r["nfe"] for r in screened), key=lambda nfe: abs(nfe - cell.steps))
+    ranked = sorted((r for r in screened if r["nfe"] == nearest), key=lambda r: r["mean"])
+    for side in (CORE, QUICKSTEP):
+        for r in [r for r in ranked if r["side"] == side][:keep]:
+            candidate = samplers()[r["candidate"]]
+            sigmas = within(candidate, r["schedule"], made[r["schedule"]], cell.steps)
+            if sigmas is not None:
+                yield side, f"{r['candidate']}, {r['schedule']}", candidate.make(), sigmas
+    for label, sigmas in tables(cell):
+        for name in ("dpmpp_2m", "euler", "uni_pc_bh2"):
+            yield "core's table", f"{label}, {name}", samplers()[name].make(), sigmas
+
+
+def tables(cell: Cell) -> Iterator[tuple[str, torch.Tensor]]:
+    """Core's frozen schedules, for the kind of model that comes nearest."""
+    from comfy_extras import nodes_align_your_steps, nodes_gits, nodes_optimalsteps
+
+    if cell.network == "dit":
+        wanted = {"OptimalSteps FLUX": (nodes_optimalsteps.OptimalStepsScheduler, ("FLUX", cell.steps, 1.0))}
+    else:
+        wanted = {
+            "AYS SD1": (nodes_align_your_steps.AlignYourStepsScheduler, ("SD1", cell.steps, 1.0)),
+            "GITS": (nodes_gits.GITSScheduler, (1.2, cell.steps, 1.0)),
+        }
+    for label, (node, inputs) in wanted.items():
+        yield label, node.execute(*inputs).args[0]
+
+
+def measured(cell: Cell, what: str, side: str, how, sigmas: torch.Tensor, **more) -> dict:
+    here = problem(cell.network, PICTURES)
+    assert isinstance(here, Network)
+    made, calls = here.run(how, sigmas, cell.cfg, seed=7)
+    scores = {key: float(f"{value:.5g}") for key, value in here.score(made, cell.cfg).items()}
+    record = {
+        "key": cell.key(what),
+        "network": cell.network,
+        "steps": cell.steps,
+        "cfg": cell.cfg,
+        "what": what,
+        "side": side,
+    }
+    return record | {"calls": calls, **scores, **more}
+
+
+def measurements(cell: Cell, options, known: dict[str, dict]) -> Iterator[dict]:
+    """The records of a cell that are not known yet."""
+    for side, label, how, sigmas in usual(cell, options.keep):
+        if cell.key(label) not in known:
+            yield measured(cell, label, side, how, sigmas)
+    for label, calibrate in CALIBRATIONS.items():
+        elsewhere = [Cell(cell.network, cell.steps, cfg) for cfg in options.elsewhere if cfg != cell.cfg]
+        if cell.key(label) in known or any(word not in label for word in options.only):
+            continue
+        began = time.perf_counter()
+        how, sigmas, text = calibrate(cell, options.minutes)
+        seconds = round(time.perf_counter() - began)
+        spent = int(text.split("sample: ")[1].split(".")[0])
+        yield measured(cell, label, "calibrated", how, sigmas, seconds=seconds, spent=spent, said=text)
+        for other in elsewhere:
+            yield measured(other, f"{label}, found at CFG {cell.cfg:g}", "found at another CFG", how, sigmas)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="UNet and DiT, 5, 8 and 10 calls, CFG 4")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--steps", type=int, nargs="*", default=list(STEPS))
+    parser.add_argument("--cfg", type=float, nargs="*", default=list(SCALES))
+    parser.add_argument(
+        "--elsewhere", type=float, nargs="*", default=[1.0, 7.5], help="CFG scales to try what was found at"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="WORD", help="calibrations whose name has all these words"
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="for each calibration")
+    parser.add_argument("--keep", type=int, default=6, help="usual pairs of each side")
+    options = parser.parse_args()
+    if options.quick:
+        options.networks, options.steps, options.cfg = ["unet", "dit"], [8, 5, 10], [4.0]
+    known = {}
+    if RESULTS.exists():
+        known = {r["key"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
+    if not options.report:
+        folder_paths.folder_names_and_paths[artifacts.FOLDER] = ([str(FILES)], set())
+        FILES.mkdir(parents=True, exist_ok=True)
+        cells = [Cell(n, s, c) for s in options.steps for c in options.cfg for n in options.networks]
+        with RESULTS.open("a", encoding="utf-8") as file:
+            for cell in cells:
+                for record in measurements(cell, options, known):
+                    known[record["key"]] = record
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    print(f"{record['key']}: {record['mean']:.4f}", flush=True)
+    Path(__file__).with_name("results").joinpath("calibrated.md").write_text(
+        written(list(known.values())), encoding="utf-8"
+    )
+
+
+if __name__ == "__main__":
+    main()
