@@ -78,7 +78,7 @@ def verdicts(accelerator: type[Accelerator]) -> dict[str, str]:
 FEATURES: dict[str, dict[str, str]] = {
     "batch": {"": "yes"},
     "inpainting, noise masks": {"": "yes"},
-    "areas, several prompts": {"": "yes"},
+    "areas, several prompts": {"": "yes; what differs in its area alone is told apart by its order", "evaluation": "yes"},
     "positive and negative in one call or two": {"": "yes"},
     "ControlNet, T2I adapter": {"": "yes", "evaluation": "yes, its calls are saved too"},
     "LoRA": {"": "yes"},
@@ -87,6 +87,8 @@ FEATURES: dict[str, dict[str, str]] = {
     "second pass, other size": {"": "yes"},
     "FreeU and other patches": {"": "yes", "tokens": "not attention masks of regional prompts or IP-Adapter"},
     "perturbed attention, skip-layer guidance": {"": "yes, each pass has its own cache", "evaluation": "yes"},
+    "other packs' wrappers around the network": {"": "yes, they see every pass that is made", "tuning": "yes"},
+    "packs that change the sigmas inside a run": {"": "no: steps are counted by those the run starts with", "tiles": "yes"},
     "torch.compile": {"": "no, refused", "evaluation": "yes", "guidance": "yes", "tiles": "yes"},
     "ComfyUI's EasyCache, LazyCache": {"": "no, refused", "guidance": "yes", "tiles": "yes", "tokens": "yes",
                                        "tuning": "yes"},
