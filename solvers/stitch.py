@@ -183,6 +183,8 @@ class TStitch(Method):
     steps sees only the calls of its own model. Schedules must go down. Models with different channels or VAEs are refused. One
     checkpoint with and without a LoRA is loaded twice, because the two would have to share its weights.
 
+    Memory for weights: resident, of all models together (our UNet with our small one: 23.3 MB); swap, of the largest (18.6).
+
     Samples differ from the large model's: another early model is another layout. How small a model may be, only pictures
     tell.
 
