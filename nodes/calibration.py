@@ -169,12 +169,7 @@ class OptimizeSchedule(io.ComfyNode):
         cls, model, positive, negative, latent, sampler, cfg, steps, samples, minutes, seed, name, loss="rms",
         resume=artifacts.NONE, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
-        solver = solver_in(sampler, "Optimize Schedule")
-        if solver.stochastic or solver.nfe(steps) is None:
-            raise ValueError(
-                f"Optimize Schedule: {solver.title} {'adds noise' if solver.stochastic else 'chooses its own steps'} with these "
-                "settings; connect a deterministic sampler of fixed steps."
-            )
+        solver = deterministic(sampler, "Optimize Schedule")
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Optimize Schedule")
         found = artifacts.read(resume, SCHEDULE, "Optimize Schedule")
         resumed = None if found is None else Plan(solver, _sigmas_of(found, steps, "Optimize Schedule"))
@@ -185,7 +180,7 @@ class OptimizeSchedule(io.ComfyNode):
         )
         file = path(name, ".json", "Optimize Schedule")
         pursuit = Pursuit(search, given, minutes, SCHEDULE, solver.id, settings_of(solver), file)
-        return io.NodeOutput(as_sigmas(_pursued(cls, pursuit)), *_pictures(cls, pursuit))
+        return io.NodeOutput(as_sigmas(pursued(cls, pursuit)), *pictures(cls, pursuit))
 
 
 class FitSolver(io.ComfyNode):
@@ -258,9 +253,20 @@ class FitSolver(io.ComfyNode):
             folder=folder_paths.get_temp_directory(), samples=samples, shape=given.shape,
         )  # fmt: skip
         pursuit = Pursuit(search, given, minutes, fitted.KIND, FittedSolver.id, {}, path(name, ".json", "Fit Solver"))
-        times = _pursued(cls, pursuit)
+        times = pursued(cls, pursuit)
         made = FittedSolver(load(pursuit.path, fitted.KIND))
-        return io.NodeOutput(sampler(made), as_sigmas(times), *_pictures(cls, pursuit))
+        return io.NodeOutput(sampler(made), as_sigmas(times), *pictures(cls, pursuit))
+
+
+def deterministic(sampler, taker: str) -> Solver:
+    """The solver of a SAMPLER, if it makes the same run every time."""
+    solver = solver_in(sampler, taker)
+    if solver.stochastic or solver.nfe(1) is None:
+        why = "adds noise" if solver.stochastic else "chooses its own steps"
+        raise ValueError(
+            f"{taker}: {solver.title} {why} with these settings; connect a deterministic sampler of fixed steps."
+        )
+    return solver
 
 
 def prepared(model, positive, negative, latent, cfg, seed, prompts, taker: str) -> Samples:
@@ -298,14 +304,14 @@ def _sigmas_of(found: Artifact, steps: int, taker: str) -> list[float]:
     return [float(t) for t in times]
 
 
-def _pursued(cls, pursuit: Pursuit) -> list[float]:
+def pursued(cls, pursuit: Pursuit) -> list[float]:
     """Runs it, and returns the times that were found."""
     pursuit.run()
     assert pursuit.search.best is not None
     return pursuit.search.best.times
 
 
-def _pictures(cls, pursuit: Pursuit) -> tuple:
+def pictures(cls, pursuit: Pursuit) -> tuple:
     search, text = pursuit.search, pursuit.report()
     show_text(cls, text)
     assert search.best is not None and search.base is not None

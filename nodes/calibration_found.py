@@ -10,6 +10,8 @@ from comfy_api.latest import io, ui
 from ..solvers.artifact import Artifact, load, mismatches
 from ..solvers.calibration import fitted
 from ..solvers.calibration.fitted import FittedSolver
+from ..solvers.calibration.library import PROPOSALS, again
+from ..solvers.schedules import CLOSED_FORMS
 from . import artifacts, plot
 from .bridge import process_of
 from .calibration_run import SCHEDULE, as_sigmas
@@ -26,6 +28,10 @@ class FoundSchedule(io.ComfyNode):
 
     Connect the model to have it checked: a file for another kind of network is refused, one for other weights of the same
     kind (a fine-tune) is used, and ``about`` says so. ``about`` also names the sampler, steps and guidance scale it is for.
+
+    Files of GITS, BOSS, Curvature and the other nodes that measure the model hold that measurement: with ``steps`` they give
+    sigmas for other numbers of steps too, as far from the same usual schedule as was best for the number they were found for.
+    Nobody has compared those with the usual schedules: calibrate for that number to know. Files of searches have no others.
     """
 
     @classmethod
@@ -37,14 +43,23 @@ class FoundSchedule(io.ComfyNode):
             category=CATEGORY,
             description="The sigmas that a calibration found, from its file in ComfyUI's models/quickstep folder.",
             inputs=[
-                io.Combo.Input("file", options=files, tooltip="A file of Optimize Schedule or Fit Solver."),
+                io.Combo.Input("file", options=files, tooltip="A file of Fit Solver, or of a node that finds sigmas."),
                 io.Model.Input("model", optional=True, tooltip="The model it is used with, to check that it fits."),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="0: the sigmas as found. Others compute sigmas for that many steps from what was measured; connect the "
+                    "model for that.",
+                ),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas"), io.String.Output(display_name="about")],
         )
 
     @classmethod
-    def execute(cls, file, model=None) -> io.NodeOutput:
+    def execute(cls, file, model=None, steps=0) -> io.NodeOutput:
         found = read_any(file, "Found Schedule")
         times = found.table.get("sigmas")
         if not times:
@@ -52,10 +67,15 @@ class FoundSchedule(io.ComfyNode):
         said = [] if model is None else fits(found, model, file, "Found Schedule")
         for sentence in said:
             log.warning("Found Schedule: %s %s", file, sentence)
+        if steps not in (0, len(times) - 1):
+            times = for_steps(found, model, steps, file)
+            said.append(
+                f"These are sigmas for {steps} steps, computed from what was measured, and not compared with others."
+            )
         return io.NodeOutput(as_sigmas(times), "\n".join([in_words(found), *said]))
 
     @classmethod
-    def fingerprint_inputs(cls, file, model=None):
+    def fingerprint_inputs(cls, file, model=None, steps=0):
         return artifacts.modified(file)
 
 
@@ -109,6 +129,18 @@ def fits(found: Artifact, model, file: str, taker: str) -> list[str]:
     return []
 
 
+def for_steps(found: Artifact, model, steps: int, file: str) -> list[float]:
+    """Sigmas of another number of steps than the file's."""
+    if model is None:
+        raise ValueError(
+            "Found Schedule: connect the model, to compute sigmas for another number of steps than was found."
+        )
+    try:
+        return again(found.table, process_of(model), steps)
+    except ValueError as error:
+        raise ValueError(f"Found Schedule: {file} has no sigmas for {steps} steps. {error}") from None
+
+
 def every_file() -> list[str]:
     if artifacts.FOLDER not in folder_paths.folder_names_and_paths:
         return [artifacts.NONE]
@@ -139,6 +171,8 @@ def in_words(found: Artifact) -> str:
         lines.append(f"Error on samples kept aside: {f.loss_before:.4f} before, {f.loss_after:.4f} after.")
     elif found.kind in what:
         lines.append("The search was stopped before its result was measured on samples kept aside.")
+    if isinstance(found.table.get("proposal"), dict):
+        lines.append(measured_in_words(found.table))
     if found.kind == SCHEDULE:
         lines.append(
             "Use it with that sampler and number of steps; other prompts are served as well, other CFG scales less."
@@ -146,6 +180,20 @@ def in_words(found: Artifact) -> str:
     if found.kind == fitted.KIND:
         lines.append("Use Fitted solver and Found Schedule with this file; for other CFG scales fit again.")
     return "\n".join(lines)
+
+
+def measured_in_words(table: dict) -> str:
+    """How sigmas came from a measurement, and what else can."""
+    names = {method.id: method.title for method in (*PROPOSALS, *CLOSED_FORMS)}
+    made, begin = (names.get(table[key]["id"], table[key]["id"]) for key in ("proposal", "start"))
+    if table["share"] == 0.0:
+        return (
+            f"{made} proposed nothing better than the {begin}: these are its sigmas, also for other numbers of steps."
+        )
+    return (
+        f"{made}, {table['share']:.0%} of the way there from the {begin}. The measurement is in the file: Found Schedule makes "
+        "sigmas for other numbers of steps from it."
+    )
 
 
 def drawing(found: Artifact):
@@ -161,7 +209,11 @@ def drawing(found: Artifact):
             series.append((name, [i for i, _ in points], [w for _, w in points]))
         return plot.line_plot(series, "Weights of the predictions", "step", "weight")
     if times:
-        return plot.line_plot([("sigmas", range(len(times)), times)], "Schedule", "step", "sigma", log_y=times[0] > 1.0)
+        curves = [("sigmas", range(len(times)), times)]
+        proposed = found.table.get("proposed")
+        if proposed and proposed != times:
+            curves.append(("as proposed", range(len(proposed)), proposed))
+        return plot.line_plot(curves, "Schedule", "step", "sigma", log_y=times[0] > 1.0)
     for name, values in found.table.items():
         if isinstance(values, list) and values and all(isinstance(v, int | float) for v in values):
             return plot.line_plot([(name, range(len(values)), values)], found.kind, "number", name)

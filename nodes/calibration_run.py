@@ -134,6 +134,9 @@ class Pursuit:
                 f"Error on {len(before)} samples kept aside: {before.mean():.4f} before ({search.base_label}), "
                 f"{after.mean():.4f} after, {share:.2f} of it; {better} of {len(before)} samples are nearer."
             )
+            label = min(search.trials, key=lambda trial: trial.select).label
+            if label not in search.starts:
+                lines.append(f"Kept: {label}.")
             if search.best is search.base:
                 lines.append("Nothing better than the best start was found, so that is what is returned.")
             if search.teacher_error > 0.5 * float(after.mean()):

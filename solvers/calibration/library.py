@@ -23,9 +23,9 @@ def again(table: dict[str, Any], process: ForwardProcess, steps: int) -> list[fl
 
     ValueError, in one sentence, for files that have no measurement, and for numbers of steps about which it says nothing.
     """
-    if "proposal" not in table:
+    if not isinstance(table.get("proposal"), dict):
         raise ValueError(
-            "it was found for its own number of steps only, and says nothing about others; calibrate again."
+            "It was found for its own number of steps and measured nothing that others follow from; calibrate for this number."
         )
     made = _method(PROPOSALS, table["proposal"])
     begin = _method(CLOSED_FORMS, table["start"])(process, process.t_max, process.t_min, steps).tolist()
@@ -44,4 +44,4 @@ def _method(classes: tuple[type, ...], stored: dict[str, Any]) -> Any:
     for known in classes:
         if issubclass(known, Method) and known.id == name:
             return known(**settings)
-    raise ValueError(f"it needs {name!r}, which this version of Quickstep does not have.")
+    raise ValueError(f"It needs {name!r}, which this version of Quickstep does not have.")
