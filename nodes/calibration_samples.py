@@ -32,7 +32,9 @@ class Samples:
         """
         half = max(count // 2, 2)
         edges = [0, count, 2 * count, 2 * count + half]
-        fit, select, report = (Cohort(self._batches(range(a, b)), size=b - a) for a, b in pairwise(edges))
+        fit, select, report = (
+            Cohort([batch for _, batch in self.numbered(range(a, b))], size=b - a) for a, b in pairwise(edges)
+        )
         return fit, select, report
 
     @property
@@ -40,16 +42,19 @@ class Samples:
         """Of one latent."""
         return tuple(self.latent["samples"].shape[1:])
 
-    def _batches(self, rows: range) -> list[Batch]:
-        """As many samples in each as the latent has; of one prompt, unless prompts can stand side by side in a batch."""
+    def numbered(self, rows: range) -> list[tuple[list[int], Batch]]:
+        """Batches of these samples, and which are in each: as many as the latent has; of one prompt, unless prompts can stand
+        side by side in a batch."""
         together, count = len(self.latent["samples"]), len(self.positives)
         if _alike(self.positives):
             parts = [rows[i : i + together] for i in range(0, len(rows), together)]
-            return [self._batch(_joined([self.positives[r % count] for r in part]), list(part)) for part in parts]
+            joined = [(list(part), _joined([self.positives[r % count] for r in part])) for part in parts]
+            return [(part, self._batch(positive, part)) for part, positive in joined]
         found = []
         for p, positive in enumerate(self.positives):
             mine = [r for r in rows if r % count == p]
-            found += [self._batch(positive, mine[i : i + together]) for i in range(0, len(mine), together)]
+            chunks = [mine[i : i + together] for i in range(0, len(mine), together)]
+            found += [(chunk, self._batch(positive, chunk)) for chunk in chunks]
         return found
 
     def _batch(self, positive, rows: list[int]) -> Batch:

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 
 from .artifact import Artifact
 from .weights import lagrange
@@ -32,8 +33,9 @@ KIND = "model_statistics"
 class ModelStatistics:
     """l, s and b on a grid of lambda, each of shape (n, *element); float64 on the CPU.
 
-    lam: (n,), increasing, n >= 2. Between its nodes l, s, b are linear, beyond them constant.
-    element: () for one number, (C, 1, 1) per channel, or the latent's (C, H, W): what broadcasts against a sample.
+    lam: (n,), increasing, n >= 2. Between its nodes l, s, b are monotone cubics, beyond them constant.
+    element: () for one number, (C, 1, 1) per channel, or the latent's (C, H, W): what broadcasts against a sample. l and s may
+        be numbers whatever b is.
     mean: mean of the data the statistics are from, of the shape of an element; None if it is not known.
     source: the file they come from, if they do, which says what they were measured on.
     """
@@ -53,18 +55,22 @@ class ModelStatistics:
             object.__setattr__(self, name, value)
         if self.lam.ndim != 1 or len(self.lam) < 2 or not (self.lam.diff() > 0.0).all():
             raise ValueError("Model statistics: lam must be a list of at least two increasing numbers.")
-        if not self.l.shape == self.s.shape == self.b.shape or self.l.shape[:1] != self.lam.shape:
+        if (
+            self.l.shape != self.s.shape
+            or self.l.shape not in (self.lam.shape, self.b.shape)
+            or len(self.b) != len(self.lam)
+        ):
             raise ValueError(
                 f"Model statistics: l, s and b must have one entry for each of the {len(self.lam)} values of lam, but have "
                 f"the shapes {tuple(self.l.shape)}, {tuple(self.s.shape)} and {tuple(self.b.shape)}."
             )
 
     def __str__(self) -> str:
-        return f"{len(self.lam)} nodes of {'x'.join(map(str, self.l.shape[1:])) or 'scalars'}"
+        return f"{len(self.lam)} nodes of {'x'.join(map(str, self.b.shape[1:])) or 'scalars'}"
 
     def check(self, x: torch.Tensor) -> None:
         """Raise ``ValueError`` unless these are statistics of samples like the rows of x."""
-        element, sample = tuple(self.l.shape[1:]), tuple(x.shape[1:])
+        element, sample = tuple(self.b.shape[1:]), tuple(x.shape[1:])
         if len(element) not in (0, len(sample)) or any(e not in (1, n) for e, n in zip(element, sample, strict=False)):
             raise ValueError(
                 f"The model statistics are for latents of shape {element}, but this latent has the shape {sample}; measure "
@@ -72,12 +78,12 @@ class ModelStatistics:
             )
 
     def at(self, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """l, s, b at the m values of lam, each of shape (m, *element)."""
+        """l, s, b at the m values of lam, each of its shape (m, *element)."""
         grid = self.lam.numpy()
-        i = np.clip(np.searchsorted(grid, lam) - 1, 0, len(grid) - 2)
-        share = np.clip((lam - grid[i]) / (grid[i + 1] - grid[i]), 0.0, 1.0)
-        share = share.reshape(-1, *[1] * (self.l.ndim - 1))
-        l, s, b = ((1.0 - share) * v[i] + share * v[i + 1] for v in (self.l.numpy(), self.s.numpy(), self.b.numpy()))
+        at = np.clip(lam, grid[0], grid[-1])
+        # Slopes at a node depend on its neighbours alone, so these few nodes give what all would.
+        some = slice(max(0, np.searchsorted(grid, at.min()) - 3), np.searchsorted(grid, at.max()) + 3)
+        l, s, b = (PchipInterpolator(grid[some], v.numpy()[some])(at) for v in (self.l, self.s, self.b))
         return l, s, b
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -132,7 +138,8 @@ _KEPT: WeakKeyDictionary[ModelStatistics, dict[tuple[float, float], Integrals]] 
 
 
 def integrals(statistics: ModelStatistics, a: float, b: float) -> Integrals:
-    """Over lambda from a to b > a. Numbers where the statistics are numbers, else tensors of an element."""
+    """Over lambda from a to b > a. Numbers where the statistics are numbers, else tensors of an element; q and ``known`` are as b
+    is, the others as l and s."""
     kept = _KEPT.setdefault(statistics, {})
     if (a, b) not in kept:
         while len(kept) > 1:
@@ -148,7 +155,7 @@ def _integrated(statistics: ModelStatistics, a: float, b: float) -> Integrals:
     width = np.diff(cuts)[:, None]
     nodes = cuts[:-1, None] + width * _X
     u = (nodes - a) / (b - a)
-    # From here on all have the shape (panels, nodes, elements).
+    # From here on all have the shape (panels, nodes, elements), with one element where they are numbers.
     l, s, drift = (v.reshape(*nodes.shape, -1) for v in statistics.at(nodes.ravel()))
 
     def total(f: np.ndarray, m: int = 0) -> np.ndarray:
@@ -161,18 +168,18 @@ def _integrated(statistics: ModelStatistics, a: float, b: float) -> Integrals:
         return (np.cumsum(panels, axis=0) - panels)[:, None] + width[:, None] * (_RUNNING @ f)
 
     grown, shrunk = np.exp(running(l)), np.exp(-running(s))
-    ends = {
-        "decay": np.exp(-total(l)),
-        "shrink": np.exp(-total(s)),
-        "q": np.exp(total(s)) * total(shrunk * drift),
-        "known": total(grown * running(shrunk * drift) / shrunk),
-    }
-    moments = (total(grown / shrunk, m) for m in range(_MOMENTS))
 
-    def shaped(end: np.ndarray) -> Any:
-        return coefficient(end.reshape(statistics.l.shape[1:]))
+    def shaped(end: np.ndarray, like: torch.Tensor) -> Any:
+        return coefficient(end.reshape(like.shape[1:]))
 
-    return Integrals(**{name: shaped(end) for name, end in ends.items()}, M=tuple(map(shaped, moments)))
+    l_, b_ = statistics.l, statistics.b
+    return Integrals(
+        decay=shaped(np.exp(-total(l)), l_),
+        shrink=shaped(np.exp(-total(s)), l_),
+        q=shaped(np.exp(total(s)) * total(shrunk * drift), b_),
+        M=tuple(shaped(total(grown / shrunk, m), l_) for m in range(_MOMENTS)),
+        known=shaped(total(grown * running(shrunk * drift) / shrunk), b_),
+    )
 
 
 def coefficient(value: np.ndarray) -> Any:

@@ -5,23 +5,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .calibration.statistics import Part
 from .ems import ModelStatistics
 from .noise import gaussian
 from .process import ForwardProcess
-from .solver import Denoise
+from .solver import Problem
 
 REDUCTIONS = ("channel", "scalar", "full")
 
+RIDGE = 1e-4
+"""Added to the variance of f where s is a slope about it, as a share of the variance of D, or of the noise if that is less."""
+
+CALLS = 5
+"""Network calls of one batch at one lambda."""
+
 
 class Progress(NamedTuple):
-    """Values of lambda done, of how many, and the statistics once all are done."""
+    """Visits of a batch done, of how many, and the statistics once all are done."""
 
     done: int
     total: int
@@ -29,77 +36,98 @@ class Progress(NamedTuple):
 
 
 def estimate(
-    denoise: Denoise,
+    parts: Sequence[Part],
     process: ForwardProcess,
-    x0: torch.Tensor,
     lam: Sequence[float],
     reduce: str = "channel",
-    batch: int = 8,
+    drift: str = "",
     seed: int = 0,
     delta: float = 0.05,
-    smooth: int = 1,
+    smooth: float = 0.06,
 ) -> Iterator[Progress]:
-    """Measures the statistics of a network, guidance included, on clean latents x0 of shape (K, *element).
+    """Measures the statistics of a network, guidance included, at noisy versions of clean samples.
 
     Five network calls for each batch and lambda: derivatives are central differences, so the network needs no gradients.
 
-    lam: the values of lambda, increasing, at least three; 60 to 250 over the range that will be sampled.
-    reduce: "scalar", "channel" (dimension 1 of x0) or "full". A mean over more elements needs fewer samples: tens of latents
-        per channel, a thousand in full.
+    lam: the values of lambda, increasing, at least three; 20 to 250 over the range that will be sampled.
+    reduce: what l and s are: "scalar", "channel" (dimension 1 of the samples) or "full". A mean over more elements needs fewer
+        samples: tens per channel, a thousand in full.
+    drift: the same for b, where l and s are scalars; otherwise b is as they are.
     delta: step of the differences, in lambda and in units of the size of x. Smaller ones drown in half precision and in the
         rounding of times to one of 1000, as Stable Diffusion does it.
-    smooth: l' and b are averaged over so many neighbours on each side.
+    smooth: l' and b are averaged over so much of lambda on each side.
     """
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce = {reduce!r} is not one of {', '.join(REDUCTIONS)}.")
+    drift = drift or reduce
+    for name, value in (("reduce", reduce), ("drift", drift)):
+        if value not in REDUCTIONS:
+            raise ValueError(f"{name} = {value!r} is not one of {', '.join(REDUCTIONS)}.")
+    if reduce not in ("scalar", drift):
+        raise ValueError(f"drift = {drift!r} must be {reduce!r} too; only with scalar l and s can b be finer.")
     if len(lam) < 3 or any(b <= a for a, b in pairwise(lam)):
         raise ValueError("Model statistics are measured at three or more increasing values of lambda.")
-    keep = {"scalar": (), "channel": (1,), "full": tuple(range(1, x0.ndim))}[reduce]
-    dims = [d for d in range(x0.ndim) if d not in keep]
+    few, fine = _means(reduce), _means(drift)
+    samples, found, done = sum(len(part.x0) for part in parts), [], 0
+    for at in lam:
+        sums: list[Any] = [0.0, 0.0, 0.0]
+        for i, part in enumerate(parts):
+            J, *z = part.batch(_probe(part, process, at, seed + 2 * i, delta))
+            # The mean of a product less the product of the means of b's elements: s is a slope about those.
+            products = torch.stack([torch.stack([few(p * q) for p in z]) for q in z])
+            means = (few(J), torch.stack([fine(p) for p in z]), products)
+            sums = [total + len(J) / samples * m for total, m in zip(sums, means, strict=True)]
+            done += 1
+            yield Progress(done, len(lam) * len(parts), None)
+        found.append(sums)
+    J, first, second = (torch.stack(rows) for rows in zip(*found, strict=True))
+    squares = first[:, :, None] * first[:, None]
+    if reduce != drift:
+        squares = squares.flatten(3).mean(3)
+    l, s, b = _fit(
+        np.array(lam), 1.0 - J.numpy(), first.numpy(), (second - squares).numpy(), round(smooth / (lam[1] - lam[0]))
+    )
+    mean = sum(fine(part.x0.double()) * (len(part.x0) / samples) for part in parts)
+    statistics = ModelStatistics(*(torch.from_numpy(v) for v in (np.array(lam), l, s, b)), mean)
+    yield Progress(done, done, statistics)
+
+
+def _means(reduce: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From samples to the mean over them, and over elements, that is of the shape of an element."""
 
     def mean(value: torch.Tensor) -> torch.Tensor:
-        reduced = value.mean(dims, keepdim=bool(keep))
-        return reduced[0] if keep else reduced
+        if reduce == "scalar":
+            return value.mean()
+        keep = (1,) if reduce == "channel" else tuple(range(1, value.ndim))
+        return value.mean([d for d in range(value.ndim) if d not in keep], keepdim=True)[0]
 
-    # The same noise at every lambda, so that the statistics are smooth in it.
-    n = gaussian(x0, seed)(1.0, 0.0) * process.noise_scale
-    v = gaussian(x0, seed + 1)(1.0, 0.0).sign()
-    found = []
-    for done, at in enumerate(lam, 1):
-        sums: list[Any] = [0.0, 0.0, 0.0]
-        for rows in torch.arange(len(x0)).split(batch):
-            J, *z = (p.cpu().double() for p in _probe(denoise, process, at, x0[rows], n[rows], v[rows], delta))
-            products = torch.stack([torch.stack([mean(p * q) for p in z]) for q in z])
-            means = (mean(J), torch.stack([mean(p) for p in z]), products)
-            sums = [total + len(rows) / len(x0) * m for total, m in zip(sums, means, strict=True)]
-        found.append(sums)
-        yield Progress(done, len(lam), None)
-    J, first, second = (torch.stack(parts).numpy() for parts in zip(*found, strict=True))
-    l, s, b = (torch.from_numpy(p) for p in _fit(np.array(lam), 1.0 - J, first, second, smooth))
-    statistics = ModelStatistics(torch.tensor(lam, dtype=torch.float64), l, s, b, mean(x0.cpu().double()))
-    yield Progress(len(lam), len(lam), statistics)
+    return mean
 
 
-def _probe(denoise, process, lam: float, x0, n, v, delta: float):
-    """alpha v (dD / dx) v, and y = x / alpha, D, dD / dlambda along the ODE, at noisy samples x."""
+def _probe(part: Part, process: ForwardProcess, lam: float, seed: int, delta: float):
+    """Visits a batch for alpha v (dD / dx) v, and y = x / alpha, D, dD / dlambda along the ODE, at noisy samples x."""
     t = process.t_of_lam(lam)
     alpha, sigma = process.alpha(t), process.sigma(t)
-    x = alpha * x0 + sigma * n
-    D = denoise(x, t)
-
-    def along(h: float) -> torch.Tensor:
-        """D after h more of lambda."""
-        u = process.t_of_lam(lam + h)
-        q = process.sigma(u) / sigma
-        return denoise(q * x + (process.alpha(u) - q * alpha) * D, u)
-
     size = delta * math.hypot(alpha, sigma)
-    J = alpha * v * (denoise(x + size * v, t) - denoise(x - size * v, t)) / (2.0 * size)
-    return J, x / alpha, D, (along(delta) - along(-delta)) / (2.0 * delta)
+
+    def visit(problem: Problem, start: torch.Tensor) -> list[torch.Tensor]:
+        denoise = problem.denoise
+        x = part.noised(process, start, t, seed)
+        v = gaussian(part.x0, seed + 1)(1.0, 0.0).sign().to(start)
+        D = denoise(x, t)
+
+        def along(h: float) -> torch.Tensor:
+            """D after h more of lambda."""
+            u = process.t_of_lam(lam + h)
+            q = process.sigma(u) / sigma
+            return denoise(q * x + (process.alpha(u) - q * alpha) * D, u)
+
+        J = alpha * v * (denoise(x + size * v, t) - denoise(x - size * v, t)) / (2.0 * size)
+        return [p.cpu().double() for p in (J, x / alpha, D, (along(delta) - along(-delta)) / (2.0 * delta))]
+
+    return visit
 
 
-def _fit(lam: np.ndarray, l: np.ndarray, first: np.ndarray, second: np.ndarray, smooth: int):
-    """l, s, b from the means of z = (y, D, D'), (n, 3, *element), and of its products, (n, 3, 3, *element).
+def _fit(lam: np.ndarray, l: np.ndarray, first: np.ndarray, covariance: np.ndarray, smooth: int):
+    """l, s, b from the means of z = (y, D, D'), (n, 3, *element), and its covariance, (n, 3, 3, *element).
 
     With dy/dlambda = D - y, f = (1 - l) y - D has the derivative f' = (1 - l) (D - y) - l' y - D'.
     """
@@ -107,13 +135,19 @@ def _fit(lam: np.ndarray, l: np.ndarray, first: np.ndarray, second: np.ndarray, 
     slope, one = _average(np.gradient(l, lam, axis=0), smooth), np.ones_like(l)
     f = np.stack([1.0 - l, -one, 0.0 * one], axis=1)
     df = np.stack([l - 1.0 - slope, 1.0 - l, -one], axis=1)
-    covariance = second - first[:, :, None] * first[:, None]
 
     def product(p: np.ndarray, q: np.ndarray) -> np.ndarray:
         return np.einsum("ni...,nij...,nj...->n...", p, covariance, q)
 
-    s = np.clip(product(f, df) / np.maximum(product(f, f), 1e-12), -3.0, 3.0)
-    return l, s, _average((df * first).sum(1) - s * (f * first).sum(1), smooth)
+    def with_b(v: np.ndarray) -> np.ndarray:
+        return v.reshape(*v.shape, *[1] * (first.ndim - v.ndim))
+
+    # Where f hardly varies, rounding would choose s: its variance is compared to those of D and of the noise in y.
+    noise = np.exp(-2.0 * lam).reshape(-1, *[1] * (l.ndim - 1))
+    tiny = 1e-12 + RIDGE * np.minimum(covariance[:, 1, 1], noise)
+    s = np.clip(product(f, df) / (product(f, f) + tiny), -3.0, 3.0)
+    mean_f, mean_df = ((with_b(p) * first).sum(1) for p in (f, df))
+    return l, s, _average(mean_df - s.reshape(*s.shape, *[1] * (mean_f.ndim - s.ndim)) * mean_f, smooth)
 
 
 def _average(values: np.ndarray, reach: int) -> np.ndarray:

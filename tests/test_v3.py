@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from quickstep_under_test.solvers.artifact import Artifact, load, save
+from quickstep_under_test.solvers.calibration.statistics import Part
 from quickstep_under_test.solvers.dpm_solver_v3 import DPMSolverV3
 from quickstep_under_test.solvers.ems import KIND, NOISE_PREDICTION, ModelStatistics, integrals
 from quickstep_under_test.solvers.ems_estimate import estimate
@@ -42,7 +43,9 @@ def samples(data: GaussianMixture, K: int) -> torch.Tensor:
 
 def measured(process, data=DATA, K=512, nodes=61, reduce="full", **settings) -> ModelStatistics:
     lam = np.linspace(*(process.lam(t) for t in measuring_range(process)), nodes).tolist()
-    *steps, last = estimate(data.denoiser(process), process, samples(data, K), lam, reduce, batch=K, **settings)
+    x0, problem = samples(data, K), Problem(data.denoiser(process), process)
+    parts = [Part(lambda visit: visit(problem, x0), x0)]
+    *steps, last = estimate(parts, process, lam, reduce, **settings)
     assert [step.done for step in steps] == list(range(1, nodes + 1)) and all(step.total == nodes for step in steps)
     return last.statistics
 
@@ -264,9 +267,10 @@ def test_statistics_survive_a_file(tmp_path):
             lambda: ModelStatistics.of(Artifact(KIND, tensors={"lam": torch.zeros(2), "l": torch.zeros(2)})),
             "has no s, b",
         ),
-        (lambda: next(estimate(None, VE, torch.zeros(1, 1), [0.0, 1.0])), "three or more"),
-        (lambda: next(estimate(None, VE, torch.zeros(1, 1), [0.0, 2.0, 1.0])), "increasing"),
-        (lambda: next(estimate(None, VE, torch.zeros(1, 1), [0.0, 1.0, 2.0], "row")), "not one of channel"),
+        (lambda: next(estimate([], VE, [0.0, 1.0])), "three or more"),
+        (lambda: next(estimate([], VE, [0.0, 2.0, 1.0])), "increasing"),
+        (lambda: next(estimate([], VE, [0.0, 1.0, 2.0], "row")), "not one of channel"),
+        (lambda: next(estimate([], VE, [0.0, 1.0, 2.0], "channel", "full")), "must be 'channel' too"),
     ],
 )
 def test_bad_statistics_are_refused(make, words):
