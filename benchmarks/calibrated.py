@@ -98,7 +98,8 @@ def usual(cell: Cell, keep: int) -> Iterator[tuple[str, str, object, torch.Tenso
             f"output/solvers.jsonl has no screening of {cell.network}: run benchmarks/solvers.py --only {cell.network}."
         )
     nearest = min((r["nfe"] for r in screened), key=lambda nfe: abs(nfe - cell.steps))
-    ranked = sorted((r for r in screened if r["nfe"] == nearest), key=lambda r: r["mean"])
+    within_it = (r for r in screened if r["nfe"] == nearest and r["calls"] <= nearest)
+    ranked = sorted(within_it, key=lambda r: r["mean"])
     for side in (CORE, QUICKSTEP):
         for r in [r for r in ranked if r["side"] == side][:keep]:
             candidate = samplers()[r["candidate"]]
