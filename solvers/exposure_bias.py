@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +21,37 @@ the smallest scaling would outweigh it. Latent diffusion models start at 15, EDM
 
 
 @dataclass(frozen=True)
-class EpsilonScaling(Transform):
+class Scaling(Transform):
+    """Abstract: the predicted noise divided by a number for each time."""
+
+    @abstractmethod
+    def divisor(self, process: ForwardProcess, t: float) -> float:
+        """lambda_t."""
+
+    def around(self, problem: Problem, times: Sequence[float]) -> Denoise:
+        process = problem.process
+
+        def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
+            x0 = problem.denoise(x, t)
+            if isinstance(t, Sequence):
+                rows = zip(x.split(1), x0.split(1), t, strict=True)
+                scaled = torch.cat([self.scaled(process, row, clean, float(at)) for row, clean, at in rows])
+            else:
+                scaled = self.scaled(process, x, x0, t)
+            return region.edited(scaled, x0, problem.mask)
+
+        return denoise
+
+    def scaled(self, process: ForwardProcess, x: torch.Tensor, x0: torch.Tensor, t: float) -> torch.Tensor:
+        """D at time t with the noise scaled."""
+        lam, alpha = self.divisor(process, t), process.alpha(t)
+        if lam == 1.0 or process.sigma(t) > RHO_MAX * alpha:
+            return x0
+        return torch.add(x0 / lam, x, alpha=(1.0 - 1.0 / lam) / alpha)
+
+
+@dataclass(frozen=True)
+class EpsilonScaling(Scaling):
     """Divides the predicted noise by a number just above 1, against exposure bias: during sampling a network sees its own
     errors and predicts more noise than in training. For any sampler, on flow models too; try a few values of b.
 
@@ -68,24 +99,5 @@ class EpsilonScaling(Transform):
         advanced=True,
     )
 
-    def around(self, problem: Problem, times: Sequence[float]) -> Denoise:
-        process = problem.process
-
-        def denoise(x: torch.Tensor, t: float | Sequence[float]) -> torch.Tensor:
-            x0 = problem.denoise(x, t)
-            if isinstance(t, Sequence):
-                rows = zip(x.split(1), x0.split(1), t, strict=True)
-                scaled = torch.cat([self.scaled(process, row, clean, float(at)) for row, clean, at in rows])
-            else:
-                scaled = self.scaled(process, x, x0, t)
-            return region.edited(scaled, x0, problem.mask)
-
-        return denoise
-
-    def scaled(self, process: ForwardProcess, x: torch.Tensor, x0: torch.Tensor, t: float) -> torch.Tensor:
-        """D at time t with the noise scaled."""
-        lam = self.b + self.k * float(process.u_of_t(min(max(t, process.t_min), process.t_max)))
-        alpha = process.alpha(t)
-        if lam == 1.0 or process.sigma(t) > RHO_MAX * alpha:
-            return x0
-        return torch.add(x0 / lam, x, alpha=(1.0 - 1.0 / lam) / alpha)
+    def divisor(self, process: ForwardProcess, t: float) -> float:
+        return self.b + self.k * float(process.u_of_t(min(max(t, process.t_min), process.t_max)))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from quickstep_under_test.solvers.artifact import Artifact, load, save
+from quickstep_under_test.solvers.calibration import exposure, gaussian, score_mean
 from quickstep_under_test.solvers.calibration.cohort import Cohort
+from quickstep_under_test.solvers.calibration.exposure import FoundEpsilonScaling
 from quickstep_under_test.solvers.calibration.families import Plan
+from quickstep_under_test.solvers.calibration.gaussian import GaussianStatistics
+from quickstep_under_test.solvers.calibration.score_mean import ScoreMean
 from quickstep_under_test.solvers.calibration.statistics import Part, compared, drawn, levels, over
 from quickstep_under_test.solvers.dpm_solver_v3 import DPMSolverV3
 from quickstep_under_test.solvers.ems import ModelStatistics
@@ -15,6 +20,8 @@ from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
 from quickstep_under_test.solvers.solver import Problem, sample
+from quickstep_under_test.solvers.transform import Transformed
+from scipy.fft import idctn
 
 K_MAX, K_MIN = 14.6, 0.02
 VE = VarianceExploding(t_min=K_MIN, t_max=K_MAX)
@@ -170,3 +177,253 @@ def test_numbers_beside_a_finer_b_are_the_same_numbers_for_every_element():
         for two in ((l, s), wide)
     ]
     assert (ends[0] - ends[1]).abs().max() < 1e-12
+
+
+# Score mean
+
+
+def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    x, y = x.flatten(1), y.flatten(1)
+    return float(2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean())
+
+
+def biased(process, size=0.4):
+    """The mixture, whose mean is predicted wrongly, more so in noise."""
+    off = torch.from_numpy(np.random.default_rng(5).standard_normal(16).reshape(1, 4, 4)) * size
+    return problem(process, change=lambda x0, t: x0 + off * process.rho(t)[0] / (1.0 + process.rho(t)[0]))
+
+
+def mean_error(posed: Problem, reduce="full", x0=None, nodes=12) -> Artifact:
+    clean = pictures(1000) if x0 is None else x0
+    parts = [Part(batch(posed, len(rows)), rows) for rows in clean.split(251)]  # odd ones: halves differ in size
+    lam = levels(posed.process, nodes)
+    eta = drained(score_mean.measure(parts, posed.process, lam, reduce))
+    return Artifact(score_mean.KIND, {}, {"lam": torch.tensor(lam), "eta": eta})
+
+
+@PROCESSES
+def test_a_mean_error_is_measured_and_taken_off(process):
+    """Spec 11.1, 8: the energy distance to the data falls to a twentieth or less."""
+    posed = biased(process)
+    solver = Transformed(DPMSolverPP(), ScoreMean(calibration=mean_error(posed)))
+    z = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, data = z * K_MAX * process.alpha(process.t_max), pictures(2000, 1)
+    ends = [sample(posed, s, x, [*times(process, 16), 0.0]) for s in (DPMSolverPP(), solver)]
+    exact = sample(problem(process), DPMSolverPP(), x, [*times(process, 16), 0.0])
+    floor = energy_distance(exact, data)
+    off, left = (energy_distance(end, data) - floor for end in ends)
+    assert off > 20.0 * max(left, 0.0) and off > 0.03
+
+
+def test_without_an_error_none_is_found_and_what_chance_makes_is_shrunk():
+    found = mean_error(problem(VE)).tensors["eta"]
+    lam, posed = levels(VE, 12), problem(VE)
+    plain = torch.stack([(pictures(1000) - posed.denoise(
+        Part(batch(posed, 1), pictures(1000)).noised(VE, pictures(1000), VE.t_of_lam(at), 0), VE.t_of_lam(at))).mean(0)
+        for at in lam])  # fmt: skip
+    assert found.square().sum() < 0.5 * plain.square().sum()
+    for few in (pictures(1), pictures(1).expand(5, 1, 4, 4)):  # one picture; five times the same
+        assert mean_error(problem(VE), x0=few).tensors["eta"].isfinite().all()
+    assert not mean_error(problem(VE), x0=pictures(1)).tensors["eta"].any()
+
+
+def test_means_per_channel_serve_any_size_and_others_are_refused():
+    eta = mean_error(biased(VE), "channel").tensors["eta"]
+    assert eta.shape == (12, 1, 1, 1)
+    x = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    made = ScoreMean(2.0, Artifact(score_mean.KIND, {}, {"lam": torch.tensor([-1.0, 1.0]), "eta": torch.tensor([0.5, 0.7])
+        .reshape(2, 1, 1, 1)})).around(problem(VE, change=lambda x0, t: 0.0 * x0), [])  # fmt: skip
+    assert torch.allclose(made(x, 1.0), x + 1.2)
+    rows = made(x, [np.e, 1e-9])
+    assert torch.allclose(rows[0], x[0] + 1.0) and torch.allclose(rows[1], x[1] + 1.4)
+    wrong = ScoreMean(calibration=mean_error(problem(VE))).around(problem(VE), [])
+    with pytest.raises(ValueError, match=r"for latents of shape \(1, 4, 4\), but this one has the shape \(1, 5, 4\)"):
+        wrong(torch.zeros(2, 1, 5, 4), 1.0)
+
+
+def test_no_file_or_no_strength_is_the_network_itself():
+    posed = problem(VE)
+    for made in (ScoreMean(), ScoreMean(0.0, mean_error(biased(VE)))):
+        assert made.around(posed, []) is posed.denoise
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    assert torch.equal(FoundEpsilonScaling().around(posed, [])(x, 1.0), posed.denoise(x, 1.0))
+
+
+# Exposure bias
+
+
+def exposed(process, steps=8, data=MIXTURE, change=None, rows=10):
+    posed = problem(process, data, change)
+    cohorts = [Cohort([batch(posed, rows, seed), batch(posed, 3, seed + 1)]) for seed in (1, 11, 21)]
+    plan = Plan(DDIM(), [*times(process, steps), 0.0])
+    plan.times[0] = process.t_max
+    return drained(exposure.search(*cohorts, process, plan, 80))
+
+
+def test_norms_of_a_gaussians_exact_network_are_known():
+    """x of variance k^2 + c^2 has E|eps| = sqrt(d) k sqrt(k^2 + c^2) / (k^2 + c^2); Euler's x has another variance."""
+    c, d = 0.5, 16
+    posed = problem(VE, GaussianMixture.gaussian(0.0, c * c, d))
+    grid = [*times(VE, 5), 0.0]
+    x0 = c * torch.randn(4000, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = drained(exposure.norms([Part(batch(posed, 4000), x0)], VE, Plan(DDIM(), grid)))
+    assert found.times == grid[:-1]
+    var = K_MAX**2
+    for t, s, ratio in zip(found.times, grid[1:], found.ratio, strict=True):
+        assert ratio == pytest.approx((var / (t * t + c * c)) ** 0.5, rel=0.02)
+        var *= ((t * s + c * c) / (t * t + c * c)) ** 2
+
+
+def test_factors_and_samples_of_flow_models_are_those_of_their_variance_exploding_image():
+    """Spec 11.1, 9."""
+    one, two = exposed(VE), exposed(FLOW)
+    assert np.allclose(one.norms.ratio, two.norms.ratio, atol=1e-6) and one.label == two.label
+    for name, value in one.tried.items():
+        assert value == pytest.approx(two.tried[name], abs=1e-6)
+    factors = [made.scaling.calibration.table["factor"] for made in (one, two)]
+    assert np.allclose(*factors, atol=1e-9)
+
+
+def test_too_much_noise_is_found_and_scaled_back():
+    """A network that predicts 3 % too much noise on states with errors, and none too much on clean ones: here, always."""
+    found = exposed(VE, 12, GaussianMixture.gaussian(0.3, 0.25, 16))
+    assert found.tried[found.label] <= min(found.tried.values())
+    assert found.label == "none" or found.tried[found.label] < found.tried["none"]
+    assert float(found.after.mean()) <= 1.02 * float(found.before.mean())
+
+
+def test_only_what_helps_is_kept():
+    """One point: every run ends there, and no factor is better than none."""
+    found = exposed(VE, 3, GaussianMixture.gaussian(0.4, 0.0, 16), rows=2)
+    assert found.label == "none" and torch.equal(found.before, found.after)
+    assert set(found.scaling.calibration.table["factor"]) == {1.0}
+    assert exposed(NOISE, 1, rows=2).label == "none"  # one step, from pure noise: nothing to measure
+
+
+# Gaussians
+
+
+def correlated(count: int, seed=0, size=(6, 5), channels=2, mean=0.4):
+    """Samples of a random Gaussian, with its mean and covariance."""
+    d = channels * size[0] * size[1]
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(d, d, generator=g, dtype=torch.float64) / d**0.5
+    m = mean + torch.randn(d, generator=g, dtype=torch.float64)
+    x = m + torch.randn(count, d, generator=g, dtype=torch.float64) @ A.T
+    return x.reshape(count, channels, *size), m, A @ A.T
+
+
+@pytest.mark.parametrize("process", [VE, FLOW, NOISE], ids=["ve", "flow", "pure noise"])
+def test_jumps_are_the_ode_of_gaussian_data(process):
+    """Any covariance, of full rank: against the equation solved numerically. And two jumps are one."""
+    x0, *_ = correlated(400, size=(2, 3))
+    statistics = GaussianStatistics.measured(x0, 16, 12)
+    flat = x0.reshape(400, -1)
+    v, Q = torch.linalg.eigh(torch.cov(flat.T))
+    one = torch.ones(1, dtype=torch.float64)
+    data = GaussianMixture(one, flat.mean(0)[None], v[None], Q[None])
+    s, t = (process.t_max, float(process.t_of_rho(0.7)))
+    x = process.sigma(s) * torch.randn(3, 2, 2, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    got = statistics.jump(process, x, s, t)
+    assert (got - data.solve_ode(process, x, s, t)).abs().max() < 1e-7
+    between = float(process.t_of_rho(2.0))
+    again = statistics.jump(process, statistics.jump(process, x, s, between), between, t)
+    assert (again - got).abs().max() < 1e-9
+
+
+def test_jumps_of_flow_models_are_those_of_their_variance_exploding_image():
+    x0, *_ = correlated(20)
+    statistics = GaussianStatistics.measured(x0, 3, 4)
+    x = K_MAX * torch.randn(2, 2, 6, 5, dtype=torch.float64)
+    a = FLOW.alpha(FLOW.t_max)
+    t = float(FLOW.t_of_rho(3.0))
+    flow = statistics.jump(FLOW, a * x, FLOW.t_max, t) / FLOW.alpha(t)
+    assert (flow - statistics.jump(VE, x, K_MAX, 3.0)).abs().max() < 1e-9
+
+
+def test_a_low_rank_is_the_whole_where_the_other_directions_are_alike():
+    g = torch.Generator().manual_seed(3)
+    v = torch.tensor([9.0, 4.0] + [0.25] * 10, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64)).Q
+    white = torch.linalg.qr(torch.cat([torch.ones(40, 1), torch.randn(40, 12, generator=g)], 1).double()).Q[:, 1:]
+    x0 = (40.0 - 1.0) ** 0.5 * white * v.sqrt() @ Q.T + 1.0  # whose covariance is exactly that
+    low, full = (GaussianStatistics.measured(x0.reshape(40, 1, 3, 4), 9, rank) for rank in (2, 12))
+    x = K_MAX * torch.randn(5, 1, 3, 4, generator=g, dtype=torch.float64)
+    assert len(low.eig) == 2
+    assert (low.jump(VE, x, K_MAX, 1.0) - full.jump(VE, x, K_MAX, 1.0)).abs().max() < 1e-9
+
+
+def test_teleport_errors_of_the_bench_mixture():
+    """Error of the state relative to its size: full covariance, one variance, and scaling the noise alone."""
+    x = K_MAX * torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cut = [8.0, 4.0, 2.0, 1.0]
+    trail = [x]
+    for s, t in zip([K_MAX, *cut], cut, strict=False):
+        grid = np.geomspace(s, t, 80).tolist()
+        solver = DPMSolverPP(order=3, third_order="exact", lower_order_final="never")
+        trail.append(sample(problem(VE), solver, trail[-1], grid))
+    many = pictures(40000, 3)
+    full = GaussianStatistics.measured(many, 16, 16)
+    flat = GaussianStatistics(
+        full.mean, np.full_like(full.mean, many.var(0).mean()), full.U[:0], full.eig[:0], full.tail, (4, 4)
+    )
+    wanted = ((0.0008, 0.0039, 0.0129), (0.0073, 0.0208, 0.0461), (0.0484, 0.0853, 0.135), (0.209, 0.275, 0.348))
+    for t, exact, errors in zip(cut, trail[1:], wanted, strict=True):
+        ends = (full.jump(VE, x, K_MAX, t), flat.jump(VE, x, K_MAX, t), x * t / K_MAX)
+        got = [float((rms(end - exact) / rms(exact)).mean()) for end in ends]
+        assert got == pytest.approx(errors, rel=0.1), t
+
+
+def test_few_samples_one_sample_and_equal_ones():
+    for x0 in (torch.full((1, 2, 4, 4), 0.3), torch.full((5, 2, 4, 4), 0.3)):
+        for rank in (0, 9):
+            statistics = GaussianStatistics.measured(x0, 4, rank)
+            x = K_MAX * torch.randn(2, 2, 4, 4, dtype=torch.float64)
+            assert (statistics.jump(VE, x, K_MAX, 1.0) - (0.3 + (x - 0.3) / K_MAX)).abs().max() < 1e-6
+            assert torch.allclose(statistics.draw(x), torch.tensor(0.3, dtype=torch.float64), atol=1e-6)
+    x0, *_ = correlated(3)
+    assert len(GaussianStatistics.measured(x0, 4, 50).eig) == 1
+
+
+def test_drawn_samples_have_the_mean_and_covariance():
+    x0, m, C = correlated(20000, size=(3, 3), channels=1)
+    for rank in (0, 9):
+        made = (
+            GaussianStatistics.measured(x0, 3, rank).draw(torch.randn(20000, 1, 3, 3, dtype=torch.float64)).flatten(1)
+        )
+        assert (made.mean(0) - m).abs().max() < 0.06
+        if rank:
+            assert (torch.cov(made.T) - C).abs().max() < 0.1
+        assert abs(torch.cov(made.T).trace() - C.trace()) < 0.05 * C.trace()
+
+
+def test_statistics_at_another_size_are_those_of_the_same_pictures_there():
+    """Smooth pictures, twice as large: low frequencies carry over, so that means and variances of pixels are the same."""
+    g = torch.Generator().manual_seed(0)
+    c = np.zeros((500, 1, 8, 8))
+    c[:, :, :3, :3] = 3.0 * torch.randn(500, 1, 3, 3, generator=g).numpy() + 2.0
+    small = torch.from_numpy(idctn(c, axes=(2, 3), norm="ortho")) + 0.1 * torch.randn(500, 1, 8, 8, generator=g)
+    for rank in (0, 9):
+        statistics = GaussianStatistics.measured(small, 3, rank)
+        made = [statistics.draw(torch.randn(500, 1, n, n, generator=g, dtype=torch.float64)) for n in (8, 16)]
+        assert made[0].mean() == pytest.approx(float(made[1].mean()), abs=0.05)
+        coarse = torch.nn.functional.avg_pool2d(made[1], 2)
+        assert coarse.var(0).mean() == pytest.approx(float(made[0].var(0).mean()), rel=0.1)
+        assert made[0].var(0).mean() == pytest.approx(float(small.var(0).mean()), rel=0.1)
+    with pytest.raises(ValueError, match="too many for a latent of"):
+        statistics.at((2, 8))
+    with pytest.raises(ValueError, match="are of 1 channels, and this latent has 3"):
+        statistics.draw(torch.zeros(1, 3, 8, 8))
+
+
+def test_gaussian_statistics_survive_a_file(tmp_path):
+    x0, *_ = correlated(20)
+    for rank in (0, 4):
+        statistics = GaussianStatistics.measured(x0, 3, rank)
+        file = tmp_path / f"{rank}.safetensors"
+        save(file, Artifact(gaussian.KIND, tensors=statistics.tensors()))
+        back = GaussianStatistics.of(load(file, gaussian.KIND))
+        x = torch.randn(2, 2, 6, 5, dtype=torch.float64)
+        assert back.size == (6, 5) and torch.equal(back.draw(x), statistics.draw(x))
+    with pytest.raises(ValueError, match="it has no mean, var"):
+        GaussianStatistics.of(Artifact(gaussian.KIND))

@@ -9,11 +9,20 @@ import pytest
 import torch
 from quickstep_under_test.nodes import calibration_statistics
 from quickstep_under_test.nodes.bridge import process_of, sampler
-from quickstep_under_test.nodes.calibration_statistics import EstimateStatistics
+from quickstep_under_test.nodes.calibration_statistics_ems import EstimateStatistics
+from quickstep_under_test.nodes.calibration_statistics_run import schedules
+from quickstep_under_test.nodes.calibration_statistics_score import (
+    FindScoreMean,
+    FoundEpsilonScalingNode,
+    MeasureEpsilonScaling,
+    ScoreMeanNode,
+)
+from quickstep_under_test.nodes.calibration_statistics_start import MeasureGaussian, SignalLeak, Teleport
 from quickstep_under_test.nodes.samplers import NODES
 from quickstep_under_test.solvers import ems
 from quickstep_under_test.solvers.artifact import load
-from quickstep_under_test.solvers.exponential import DPMSolverPP
+from quickstep_under_test.solvers.calibration import exposure, gaussian, score_mean
+from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 
 from . import models
 
@@ -49,23 +58,17 @@ def error(kind: str, how, sigmas, latent=None, noise=None) -> float:
     x = noise * (1.0 if kind == "flow" else (1.0 + top**2) ** 0.5)
     alpha = 0.0 if kind == "flow" else 1.0
     exact = 0.5 + (x - alpha * 0.5) * 0.7 / (top**2 + alpha * 0.7**2) ** 0.5
-    if latent is not None:
-        noise = torch.zeros_like(noise)
-    with torch.inference_mode():
-        made = comfy.sample.sample_custom(
-            model, noise, 1.0, how, sigmas, CONDITION, CONDITION, torch.zeros_like(noise) if latent is None else latent,
-            disable_pbar=True, seed=0,
-        )  # fmt: skip
+    made = made_by(model, how, sigmas, latent, noise if latent is None else torch.zeros_like(noise))
     return float((made - exact).square().mean().sqrt())
 
 
 def sigmas(kind: str, steps: int) -> torch.Tensor:
-    return torch.tensor(calibration_statistics.schedules(process_of(models.gaussian(kind)), steps)[2])
+    return torch.tensor(schedules(process_of(models.gaussian(kind)), steps)[2])
 
 
 @KINDS
 def test_model_statistics_are_measured_kept_and_used(folder, kind):
-    how, curve, report = run(EstimateStatistics, **given(kind, statistics="economy", samples=8, levels=40, steps=4))
+    how, curve, report = run(EstimateStatistics, **given(kind, statistics="economy", samples=4, levels=30, steps=4))
     assert curve.shape == (1, 600, 960, 3) and "mine.safetensors" in report
     (file,) = folder.iterdir()
     found = load(file, ems.KIND)
@@ -110,6 +113,156 @@ def test_the_user_can_stop_it(folder, monkeypatch):
 
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", progress)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        run(EstimateStatistics, **given(statistics="scalar", samples=8, levels=40, steps=4))
+        run(EstimateStatistics, **given(statistics="scalar", samples=4, levels=30, steps=4))
     comfy.model_management.interrupt_current_processing(False)
     assert seen[0] == 0 and sorted(seen) == seen and not list(folder.iterdir())
+
+
+def pictures(count: int, size=8, seed=1) -> dict:
+    """Of the model's data."""
+    z = torch.randn(count, 4, size, size, generator=torch.Generator().manual_seed(seed))
+    return {"samples": 0.5 + 0.7 * z}
+
+
+@KINDS
+def test_a_score_mean_is_measured_kept_and_used(folder, kind):
+    """Of a network whose data lie 0.2 lower than the pictures: with the file its samples lie 0.2 higher."""
+    low = models.gaussian(kind, mean=0.3, std=0.7)
+    file, curve, report = run(
+        FindScoreMean,
+        **given(kind, model=low, batch=16, pictures=pictures(48), statistics="channel", samples=64, levels=20),
+    )
+    assert file == "mine.safetensors" and "48 pictures" in report and curve.shape == (1, 600, 960, 3)
+    found = load(folder / file, score_mean.KIND)
+    assert found.found_for.cfg == 1.0 and found.tensors["eta"].shape == (20, 4, 1, 1)
+    plain = comfy.samplers.sampler_object("euler")
+    how = ScoreMeanNode.execute(sampler=plain, strength=1.0, calibration=file).args[0]
+    ends = [made_by(low, s, sigmas(kind, 12)).mean() for s in (plain, how)]
+    assert abs(ends[0] - 0.3) < 0.08  # of 1024 numbers, with the error of few steps
+    assert float(ends[1] - ends[0]) == pytest.approx(0.2, abs=0.03)
+
+
+def made_by(model, how, times, latent=None, noise=None) -> torch.Tensor:
+    noise = start("") if noise is None else noise
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            model, noise, 1.0, how, times, CONDITION, CONDITION, torch.zeros_like(noise) if latent is None else latent,
+            disable_pbar=True, seed=0,
+        )  # fmt: skip
+
+
+@KINDS
+def test_epsilon_scaling_is_measured_kept_and_used(folder, kind):
+    """DDIM's few steps make too little noise of this data, and the factors make up for some of it."""
+    times = sigmas(kind, 6)
+    how, curve, report = run(MeasureEpsilonScaling, **given(kind, samples=4, sampler=sampler(DDIM()), sigmas=times))
+    assert curve.shape == (1, 600, 960, 3) and "mine.json" in report
+    (file,) = folder.iterdir()
+    found = load(file, exposure.KIND)
+    then, tried = found.found_for, found.table["tried"]
+    assert then.solver == "DDIM" and then.steps == 6 and min(tried.values()) < 0.99 * tried["none"]
+    assert then.loss_after < then.loss_before
+    fresh = FoundEpsilonScalingNode.execute(sampler=sampler(DDIM()), calibration="mine.json").args[0]
+    core = FoundEpsilonScalingNode.execute(
+        sampler=comfy.samplers.sampler_object("euler"), calibration="mine.json"
+    ).args[0]
+    off = error(kind, sampler(DDIM()), times)
+    assert error(kind, how, times) < off and error(kind, fresh, times) == error(kind, how, times)
+    assert error(kind, core, times) == pytest.approx(error(kind, how, times), rel=1e-3)
+
+
+def test_epsilon_scaling_wants_a_whole_deterministic_run(folder):
+    with pytest.raises(ValueError, match="adds noise with these settings"):
+        run(MeasureEpsilonScaling, **given(samples=2, sampler=sampler(DDIM(eta=1.0)), sigmas=sigmas("flow", 3)))
+    with pytest.raises(ValueError, match="must run from 1 to 0"):
+        run(MeasureEpsilonScaling, **given(samples=2, sampler=sampler(DDIM()), sigmas=sigmas("flow", 3)[1:]))
+
+
+class Noise:
+    """As RandomNoise makes."""
+
+    seed = 77
+
+    def generate_noise(self, latent):
+        assert latent["samples"].shape == (4, 4, 8, 8)
+        return start("")
+
+
+@pytest.mark.parametrize(("kind", "own"), [("flow", False), ("eps", True), ("zsnr", False)])
+def test_teleport_starts_where_the_run_would_be(folder, kind, own):
+    file, curve, report = run(
+        MeasureGaussian,
+        **given(kind, samples=64, frequencies=1, rank=0, batch=32, pictures=None if own else pictures(64)),
+    )
+    assert curve.shape == (1, 600, 960, 3) and "A jump down to sigma" in report
+    table = load(folder / file, gaussian.KIND).table
+    assert max(table["jump_error"]) < 0.05
+    times, model = sigmas(kind, 12), models.gaussian(kind, std=0.7)
+    latent, rest = run(
+        Teleport, model=model, noise=Noise(), latent={"samples": models.latent(4)}, sigmas=times, file=file, skip=8
+    )
+    assert torch.equal(rest, times[8:])
+    how = sampler(DPMSolverPP())
+    jumped = error(kind, how, rest, latent=latent["samples"])
+    assert jumped < 0.06  # the same picture, of the same noise
+    assert error(kind, how, rest) > 5 * jumped
+
+
+@KINDS
+def test_teleport_in_samplers_of_both_kinds(folder, kind):
+    """SamplerCustomAdvanced without noise, and KSampler (Advanced) from the step on: the same."""
+    file, *_ = run(MeasureGaussian, **given(kind, samples=8, frequencies=2, rank=0, pictures=pictures(8)))
+    model = models.gaussian(kind, std=0.7)
+    times = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 8)
+    latent, rest = run(
+        Teleport, model=model, noise=Noise(), latent={"samples": models.latent(4)}, sigmas=times, file=file, skip=3
+    )
+    one = made_by(model, comfy.samplers.sampler_object("euler"), rest, latent["samples"], torch.zeros(4, 4, 8, 8))
+    with torch.inference_mode():
+        two = comfy.sample.sample(
+            model, torch.zeros(4, 4, 8, 8), 8, 1.0, "euler", "normal", CONDITION, CONDITION, latent["samples"],
+            disable_noise=True, start_step=3, disable_pbar=True, seed=0,
+        )  # fmt: skip
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize(("skip", "words"), [(4, "must leave a sigma above 0"), (9, "the schedule has 4 steps")])
+def test_teleport_refuses_to_skip_everything(folder, skip, words):
+    run(MeasureGaussian, **given("eps", samples=4, frequencies=2, rank=0, pictures=pictures(4)))
+    given_ = dict(
+        model=models.gaussian("eps"), noise=Noise(), latent={"samples": models.latent(4)}, sigmas=sigmas("eps", 4)
+    )
+    with pytest.raises(ValueError, match=words):
+        run(Teleport, **given_, file="mine.safetensors", skip=skip)
+    with pytest.raises(ValueError, match="choose a file of Measure Gaussian"):
+        run(Teleport, **given_, file="none", skip=1)
+
+
+def test_a_signal_leak_brings_the_right_brightness(folder):
+    """Started from noise alone, an EPS model's samples are too dark by m c / sqrt(c^2 + sigma^2); with the leak they are not."""
+    mean, std, size = 3.0, 1.0, 32
+    data = {"samples": mean + std * torch.randn(60, 4, size, size, generator=torch.Generator().manual_seed(2))}
+    model = models.gaussian("eps", mean=mean, std=std)
+    run(MeasureGaussian, **given("eps", model=model, size=size, samples=60, frequencies=3, rank=0, pictures=data))
+    empty = {"samples": models.latent(8, size=size)}
+    (leak,) = run(SignalLeak, model=model, latent=empty, file="mine.safetensors", strength=1.0, seed=3)
+    assert leak["samples"].mean() == pytest.approx(mean, abs=0.1) and leak["samples"].std() == pytest.approx(
+        std, abs=0.1
+    )
+    noise = torch.randn(8, 4, size, size, generator=torch.Generator().manual_seed(4))
+    dark, right = (
+        made_by(model, sampler(DPMSolverPP()), sigmas("eps", 16), x, noise) for x in (empty["samples"], leak["samples"])
+    )
+    missing = mean * std / (std**2 + 14.6146**2) ** 0.5  # 0.2
+    assert mean - dark.mean() == pytest.approx(missing, abs=0.03)
+    assert abs(mean - right.mean()) < 0.03
+    (none,) = run(SignalLeak, model=model, latent=empty, file="mine.safetensors", strength=0.0, seed=3)
+    assert not none["samples"].any()
+
+
+def test_schemas(folder):
+    ids = [n.GET_SCHEMA().node_id.removeprefix("Quickstep_") for n in calibration_statistics.NODES]
+    assert ids == [
+        "EstimateStatistics", "FindScoreMean", "ScoreMean", "MeasureEpsilonScaling", "FoundEpsilonScaling", "MeasureGaussian",
+        "Teleport", "SignalLeak",
+    ]  # fmt: skip

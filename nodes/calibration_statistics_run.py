@@ -1,0 +1,137 @@
+"""What nodes that gather statistics of the user's own model share: samples, progress, files, the comparison."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
+from ..solvers.calibration.cohort import Cohort, Running
+from ..solvers.calibration.families import Plan
+from ..solvers.calibration.statistics import TEACHER, Part, compared, drawn
+from ..solvers.process import ForwardProcess
+from ..solvers.schedules import ExponentialSchedule, KarrasSchedule, UniformSchedule
+from ..solvers.solver import Solver
+from . import artifacts
+from .bridge import latent_in, process_of
+from .calibration_samples import Samples
+from .fingerprint import fingerprint
+
+STEPS = 20
+"""Of the runs that make clean samples where no pictures are given."""
+
+CFG = io.Float.Input(
+    "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale: what is measured is for this one."
+)
+SEED = io.Int.Input(
+    "seed",
+    default=0,
+    min=0,
+    max=0xFFFFFFFF,
+    control_after_generate=io.ControlAfterGenerate.fixed,
+    tooltip="First of the seeds; the others follow it.",
+)
+NAME = io.String.Input("name", default="my_statistics", tooltip="Name of the file in models/quickstep, without ending.")
+PICTURES = io.Latent.Input(
+    "pictures",
+    optional=True,
+    tooltip="Pictures of the prompts, VAE-encoded, of the size of the latent. Without them the model makes its own.",
+)
+
+
+def samples_input(default: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input("samples", default=default, min=1, max=65536, tooltip=tooltip)
+
+
+@dataclass
+class Course:
+    """Runs what yields after every visit of the network, with a progress bar of so many network calls, until the user stops it."""
+
+    total: int
+    done: int = 0
+    bar: Any = field(init=False)
+
+    def __post_init__(self):
+        self.bar = comfy.utils.ProgressBar(self.total)
+        self.bar.update_absolute(0)
+
+    def run(self, running: Running, each: int) -> Any:
+        """What it returns; a visit is ``each`` calls."""
+        while True:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            try:
+                next(running)
+            except StopIteration as end:
+                return end.value
+            self.done += each
+            self.bar.update_absolute(min(self.done, self.total))
+
+
+def own_samples(given: Samples, count: int, pictures: dict | None) -> int:
+    """How many samples there are to be, pictures or made ones."""
+    return count if pictures is None else min(count, len(pictures["samples"]))
+
+
+def gathered(given: Samples, count: int, pictures: dict | None, course: Course, taker: str) -> list[Part]:
+    """Clean samples beside the batches that know their prompts: pictures if there are some, else made in ``STEPS`` steps."""
+    process = process_of(given.model)
+    numbered = given.numbered(range(own_samples(given, count, pictures)))
+    if pictures is None:
+        return course.run(drawn([batch for _, batch in numbered], process, STEPS), STEPS)
+    x0 = latent_in(given.model, pictures).cpu().float()
+    if tuple(x0.shape[1:]) != given.shape:
+        raise ValueError(
+            f"{taker}: the pictures are of shape {tuple(x0.shape[1:])}, but the latent is of shape {given.shape}; make them the "
+            "same size."
+        )
+    return [Part(batch, x0[rows]) for rows, batch in numbered]
+
+
+def found_for(given: Samples, **more) -> FoundFor:
+    """The provenance of what was measured on these samples."""
+    return FoundFor(
+        model=fingerprint(given.model), process=process_name(process_of(given.model)), cfg=given.cfg, shape=given.shape,
+        seed=given.seed, created=now(), **more,
+    )  # fmt: skip
+
+
+def kept(name: str, taker: str, artifact: Artifact) -> tuple[str, Artifact]:
+    """Writes the file; its name, and what is in it."""
+    path = artifacts.free_path(name, ".safetensors" if artifact.tensors else ".json", taker)
+    save(path, artifact)
+    return os.path.basename(path), artifact
+
+
+def schedules(process: ForwardProcess, steps: int) -> list[list[float]]:
+    """Those on which samplers are compared, each at its best."""
+    made = (UniformSchedule(), KarrasSchedule(), ExponentialSchedule())
+    return [schedule(process, process.t_max, process.t_min, steps).tolist() for schedule in made]
+
+
+def contest(aside: Cohort, process: ForwardProcess, steps: int, solvers: Sequence[Solver], course: Course) -> list:
+    """The errors of each solver, on that of the usual schedules where their mean is least."""
+    plans = [Plan(solver, times) for solver in solvers for times in schedules(process, steps)]
+    errors = course.run(compared(aside, process, plans), contest_calls(steps, len(solvers)) // (1 + len(plans)))
+    each = len(plans) // len(solvers)
+    return [min(errors[i : i + each], key=lambda e: float(e.mean())) for i in range(0, len(errors), each)]
+
+
+def contest_calls(steps: int, solvers: int) -> int:
+    """Network calls of ``contest`` for one batch."""
+    return TEACHER + 3 * solvers * steps
+
+
+def verdict(before: torch.Tensor, after: torch.Tensor, what: str) -> str:
+    """One sentence about errors of the same samples without and with what was measured."""
+    better = int((after < before).sum())
+    return (
+        f"{what}: error {before.mean():.4f} before, {after.mean():.4f} with it, on {len(before)} samples kept aside, of which "
+        f"{better} are nearer to the teacher."
+    )
