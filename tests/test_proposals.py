@@ -216,6 +216,15 @@ def test_a_beam_that_keeps_everything_finds_the_best_way():
     assert torch.allclose(reached[8], least) and (reached[1] >= least).all() and (reached[1] > least * 1.01).any()
 
 
+def test_no_state_is_kept_that_no_jump_forward_reaches():
+    """1 call for the start; 7 levels with one state each; then 1 at level 2, which has one way to it, and 2 at the other 5."""
+    cohort, teacher = watched(VE, 3)
+    before = cohort.calls
+    measured = final(OptimalSteps(levels=8, images=3, beam=2).measure(cohort, VE, teacher, 3))
+    assert cohort.calls - before == 3 * (1 + 7 + 11)
+    assert all(a < b for ways in measured["ways"] for way in ways for a, b in pairwise(way))
+
+
 def test_the_schedule_is_the_median_over_samples():
     method, t = OptimalSteps(), [8.0, 4.0, 2.0, 1.0, 0.5, 0.0]
     ways = [[[0, 1, 5], [0, 1, 2, 5]], [[0, 2, 5], [0, 1, 3, 5]], [[0, 4, 5], [0, 3, 4, 5]]]
@@ -345,6 +354,16 @@ def test_steps_are_as_short_as_the_density_is_high():
         neighbours = lengths[1:] / lengths[:-1]
         assert max(neighbours.max(), 1.0 / neighbours.min()) < ratio * 1.15
         assert lengths.max() > 1.5 * lengths.min()
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_density_is_the_right_root_of_the_size(order):
+    y = np.linspace(np.log(K_MAX), np.log(K_MIN), 60)
+    sizes = [((1.0 / (6.0 + y)) ** (p + 1)).tolist() for p in (1, 2, 3)]
+    for method, asked in ((Curvature(ratio=100.0), order), (Curvature(ratio=100.0, order=order), 5)):
+        made = method.times({"log_ratio": y.tolist(), "size": sizes}, VE, 4, asked)
+        wanted = np.exp(np.exp(np.linspace(np.log(6.0 + y[0]), np.log(6.0 + y[-1]), 5)) - 6.0)
+        assert np.allclose(made[:-1], wanted[:-1], rtol=1e-2)
 
 
 def test_curvature_is_that_of_a_gaussian():
