@@ -443,12 +443,12 @@ def test_identical_samples_and_two_steps(proposal):
 def test_measuring_ends_when_three_in_a_row_bring_nothing(monkeypatch):
     asked = []
 
-    def endless(self, cohort, process, teacher, steps):
-        while True:
+    def stubborn(self, cohort, process, teacher, steps):
+        for _ in range(10):
             asked.append(steps)
             yield {"n": len(asked)}
 
-    monkeypatch.setattr(GITS, "measure", endless)
+    monkeypatch.setattr(GITS, "measure", stubborn)
     usual = starts(VE, 4, DDIM())["Karras"].times
     monkeypatch.setattr(GITS, "times", lambda self, measured, process, steps, order: blended(VE, usual, usual, 1.0))
     search(VE, GITS(levels=20), 4, DDIM())
