@@ -51,7 +51,8 @@ class MeasureGaussian(io.ComfyNode):
     keeps so many directions (at most half as many as samples), for some hundred samples or more.
 
     ``report`` says how far a jump from the start to each sigma is from the model's own way there, on samples of other seeds: that
-    is where *Teleport* should end.
+    is where *Teleport* should end. Guidance makes a model less Gaussian: on the demo networks at CFG 4, with 16 samples of one
+    prompt, the jump is off by 2 % at sigma 13 and 5.5 % at 8.4 from 4519 (UNet), by 2 % at 0.99 and 5 % at 0.96 from 1 (DiT).
 
     Source: Wang and Vastola (2024), arXiv:2412.09726; Everaert et al. (2023), arXiv:2309.15842. The frequencies are this pack's.
     """

@@ -222,6 +222,8 @@ def test_without_an_error_none_is_found_and_what_chance_makes_is_shrunk():
         Part(batch(posed, 1), pictures(1000)).noised(VE, pictures(1000), VE.t_of_lam(at), 0), VE.t_of_lam(at))).mean(0)
         for at in lam])  # fmt: skip
     assert found.square().sum() < 0.5 * plain.square().sum()
+    alone = [Part(batch(biased(VE), 1), row) for row in pictures(60).split(1)]  # batches of one: both halves get some
+    assert drained(score_mean.measure(alone, VE, levels(VE, 2), "full"))[0].abs().mean() > 0.1
     for few in (pictures(1), pictures(1).expand(5, 1, 4, 4)):  # one picture; five times the same
         assert mean_error(problem(VE), x0=few).tensors["eta"].isfinite().all()
     assert not mean_error(problem(VE), x0=pictures(1)).tensors["eta"].any()
