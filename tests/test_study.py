@@ -1,0 +1,422 @@
+"""Black-box searches of solver schedules: the space, what is found, and what outlives kill -9. With the real Optuna."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from quickstep_under_test.solvers.calibration import ends, engine
+from quickstep_under_test.solvers.calibration.cohort import Cohort
+from quickstep_under_test.solvers.calibration.predictor import Predictor, proposals
+from quickstep_under_test.solvers.calibration.space import KNOWN, Space
+from quickstep_under_test.solvers.calibration.study import Study
+from quickstep_under_test.solvers.deis import DEIS
+from quickstep_under_test.solvers.exact import GaussianMixture
+from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
+from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
+from quickstep_under_test.solvers.schedules import ExponentialSchedule, KarrasSchedule
+from quickstep_under_test.solvers.solver import Problem, sample
+from quickstep_under_test.solvers.unipc import UniPC
+from quickstep_under_test.solvers.usf import USF
+
+K_MAX, K_MIN = 14.6, 0.02
+VE = VarianceExploding(t_min=K_MIN, t_max=K_MAX)
+FLOW = RectifiedFlow(t_min=K_MIN / (1 + K_MIN), t_max=K_MAX / (1 + K_MAX))
+NOISE = RectifiedFlow(t_min=0.003, t_max=1.0)  # from pure noise on
+PROCESSES = [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow"), pytest.param(NOISE, id="pure noise")]
+
+
+def mixture(components: int = 3, std: float = 0.3, seed: int = 1, size: int = 4) -> GaussianMixture:
+    m = torch.from_numpy(np.random.default_rng(seed).standard_normal((components, size)))
+    one, eye = torch.full((components,), 1.0 / components).double(), torch.eye(size).double()
+    return GaussianMixture(one, m, torch.full((components, size), std**2).double(), eye.expand(components, size, size))
+
+
+DATA = mixture()
+
+
+def batch(process, rows: int, seed: int, data: GaussianMixture = DATA):
+    x = torch.randn(rows, 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    k = 1.0 if process.alpha(process.t_max) == 0.0 else K_MAX * process.alpha(process.t_max)
+    problem = Problem(data.denoiser(process), process)
+    return lambda visit: visit(problem, k * x)
+
+
+def cohort(process, seed: int, batches: int = 3, rows: int = 4, **options) -> Cohort:
+    return Cohort([batch(process, rows, 100 * seed + i, **options) for i in range(batches)], size=batches * rows)
+
+
+def starts(space: Space) -> dict[str, dict]:
+    schedules = {"Karras": KarrasSchedule(), "Exponential": ExponentialSchedule()}
+    found = {}
+    for n in range(space.least, space.most + 1):
+        for name, schedule in schedules.items():
+            times = schedule(space.process, space.process.t_max, space.process.t_min, n).tolist()
+            for known in ("DDIM", "DPM-Solver++ 2M"):
+                found[f"{known}, {name}, {n}"] = space.values(times, KNOWN[known])
+    return found
+
+
+def study(
+    file: Path | None = None, process=VE, steps: int = 3, least: int | None = None, about=None, data=DATA, **options
+) -> Study:
+    space = Space(process, least or steps, steps)
+    some = [cohort(process, seed, data=data) for seed in (1, 2)]
+    return Study(
+        *some, cohort(process, 3, 1, 100, data=data), space, starts(space), "s", f"sqlite:///{file}" if file else "",
+        {"model": "m"} if about is None else about, **{"sampler": "tpe", "trials": 12, **options},
+    )  # fmt: skip
+
+
+def end(plan, process) -> torch.Tensor:
+    return batch(process, 3, 0)(lambda problem, x: sample(problem, plan.solver, x, plan.times))
+
+
+def drawn(space: Space, rng: random.Random) -> dict:
+    def value(knob):
+        if knob.options:
+            return rng.choice(knob.options)
+        return rng.randint(knob.low, knob.high) if isinstance(knob.low, int) else rng.uniform(knob.low, knob.high)
+
+    return {knob.name: value(knob) for knob in space.knobs}
+
+
+# The space
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("DDIM", DDIM()),
+        ("DPM-Solver++ 2M", DPMSolverPP()),
+        ("DPM-Solver++ 3M", DPMSolverPP(order=3, correction="taylor", third_order="exact", lower_order_final="never")),
+        ("UniPC 2", UniPC(order=2, variant="exact", lower_order_final="never")),
+        ("UniPC 3", UniPC(order=3, variant="exact", lower_order_final="never")),
+        ("DPM-Solver 2M", None),
+        ("DEIS 2", DEIS(points=2, variable="rho", frame="snr")),
+        ("DEIS 3", DEIS(points=3, variable="rho", frame="snr")),
+    ],
+)
+def test_usual_samplers_are_points_of_the_space(process, name, solver):
+    space = Space(process, 6, 6)
+    times = ExponentialSchedule()(process, process.t_max, process.t_min * 1.5, 6).tolist()
+    values = space.values(times, KNOWN[name])
+    plan = space.plan(space.own(values))
+    assert space.has(values) and np.allclose(plan.times, times, rtol=1e-9)
+    if solver is not None:
+        same = batch(process, 3, 0)(lambda problem, x: sample(problem, solver, x, times))
+        assert (end(plan, process) - same).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_whatever_the_values_a_valid_schedule_comes_out(process):
+    rng = random.Random(0)
+    for space in (Space(process, 6, 6), Space(process, 2, 5, orders=4)):
+        for _ in range(40):
+            values = drawn(space, rng)
+            table = space.table(values)
+            steps = values.get("steps", space.most)
+            assert len(table.steps) == steps and table.sigma == process.t_max and table.sigmas[-1] == 0.0
+            plan = space.plan(values)
+            implicit = sum(values[f"corrector{i}"] == "implicit" for i in range(1, steps))
+            assert plan.solver.nfe(steps) == steps + implicit and end(plan, process).isfinite().all()
+            assert len(space.features(values)) == 2 + 10 * space.most
+
+
+def test_one_step_leaves_nothing_to_search():
+    space = Space(VE, 1, 1)
+    assert space.knobs == [] and space.plan({}).times == [K_MAX, 0.0]
+
+
+def test_what_is_not_searched_is_as_in_the_best_start():
+    space = Space(VE, 4, 4, decisions=("times",))
+    times = KarrasSchedule()(VE, K_MAX, K_MIN, 4).tolist()
+    uni, ddim = (space.values(times, KNOWN[name]) for name in ("UniPC 2", "DDIM"))
+    about = space.about(uni)
+    assert {knob.decision for knob in about.knobs} == {"times"} and about.has(uni) and not about.has(ddim)
+    assert [row.corrector is not None for row in about.table(about.own(ddim)).steps] == [True] * 3 + [False]
+
+
+# The search
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cma-es", "quasi-random"])
+def test_a_search_keeps_all_it_saw_and_is_not_worse_than_the_best_start(sampler):
+    made = study(sampler=sampler, trials=20)
+    made.run()
+    trials = made.study.get_trials()
+    assert len(trials) >= 20 and {t.state.name for t in trials} <= {"COMPLETE", "PRUNED", "WAITING"}
+    for trial in trials:
+        errors = trial.user_attrs.get("errors", [])
+        assert len(errors) == 12 if trial.state.name == "COMPLETE" else len(errors) < 12
+        if trial.state.name == "COMPLETE":
+            assert trial.value == pytest.approx(sum(errors) / 12)
+    again = torch.cat([made._errors(made.fit, space_plan(made))])
+    assert made.best_trial().user_attrs["errors"] == pytest.approx(again.tolist(), rel=1e-6)
+    assert made.best_trial().user_attrs["select"] <= made.base_trial().user_attrs["select"]
+    assert made.after.mean() < made.before.mean()
+    assert trials[0].user_attrs["start"] == made.teacher["ranking"][0]
+
+
+def space_plan(made: Study):
+    table = made.best
+    return type(made.space.plan(made.space.own(made.starts[made.teacher["ranking"][0]])))(
+        USF(table.text()), table.sigmas
+    )
+
+
+def test_clearly_worse_trials_stop_early():
+    made = study(trials=25)
+    made.run()
+    pruned = [t for t in made.study.get_trials() if t.state.name == "PRUNED"]
+    best = made.best_trial().user_attrs["errors"]
+    assert pruned
+    for trial in pruned:
+        errors = trial.user_attrs["errors"]
+        assert len(errors) in (4, 8, 12) and sum(errors) > sum(best[: len(errors)])
+
+
+def test_error_against_calls():
+    made = study(sampler="nsga-ii", least=2, steps=4, trials=24)
+    made.run()
+    front = made.front()
+    assert len(front) >= 3 and front[-1].table == made.best
+    for a, b in pairwise(front):
+        assert a.calls < b.calls and a.select > b.select
+    for point in front:
+        plan = USF(point.table.text())
+        assert plan.nfe(len(point.table.steps)) == point.calls
+
+
+def test_both_kinds_of_model_give_the_same():
+    made = []
+    for process in (VE, FLOW):
+        one = study(sampler="quasi-random", process=process, trials=6, left=lambda: 0.5)
+        one.join()
+        one.teach()
+        one.search()
+        made.append(one)
+    first, second = ([t.params for t in one.finished()] for one in made)
+    assert len(first) >= 2 and all(a.keys() == b.keys() for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, second, strict=True):
+        numbers = [name for name in a if not isinstance(a[name], str)]
+        assert [a[n] for n in numbers] == pytest.approx([b[n] for n in numbers]) and all(
+            a[n] == b[n] for n in a if n not in numbers
+        )
+    for a, b in zip(*(one.finished() for one in made), strict=True):
+        assert a.user_attrs["errors"] == pytest.approx(b.user_attrs["errors"], rel=1e-3)
+
+
+def test_data_of_one_point_and_one_step_leave_everything_as_it_is():
+    point = study(data=mixture(1, 0.0))
+    point.run()
+    assert point.best_trial() == point.base_trial() and point.after.max() < 1e-9
+    one = study(steps=1)
+    one.run()
+    assert len(one.finished()) == 1 and one.best.sigmas == [K_MAX, 0.0]
+
+
+# Going on
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_search_goes_on_with_the_trial_it_would_have_made(tmp_path):
+    whole = study(tmp_path / "a.db", steps=2, trials=7)
+    whole.run()
+    for trials in (5, 7):
+        parts = study(tmp_path / "b.db", steps=2, trials=trials)
+        parts.join()
+        parts.teach()
+        parts.search()
+    a, b = ([t.params for t in one.study.get_trials()[:7]] for one in (whole, parts))
+    assert a == b and parts.ran == 2
+
+
+def test_stopped_in_the_middle_the_running_trial_is_tried_again(tmp_path):
+    made, seen = study(tmp_path / "s.db", steps=2), []
+
+    def tick():
+        seen.append(made.stage)
+        if seen.count("search") > 20:
+            raise Stop
+
+    made.tick = tick
+    with pytest.raises(Stop):
+        made.run()
+    finished, (failed,) = made.finished(), [t for t in made.study.get_trials() if t.state.name == "FAIL"]
+    waiting = [t.system_attrs["fixed_params"] for t in made.study.get_trials() if t.state.name == "WAITING"]
+    assert len(finished) >= 2 and made.best is not None and waiting[-1] == failed.params
+    again = study(tmp_path / "s.db", steps=2)
+    again.run()
+    assert [t.params for t in again.finished()[: len(finished)]] == [t.params for t in finished]
+    assert failed.params in [t.params for t in again.study.get_trials() if t.state.name in ("COMPLETE", "PRUNED")]
+
+
+def test_only_the_same_search_is_joined(tmp_path):
+    study(tmp_path / "s.db", steps=2, trials=1).run()
+    with pytest.raises(ValueError, match="its model is m, and here it is other"):
+        study(tmp_path / "s.db", steps=2, about={"model": "other"}).run()
+    with pytest.raises(ValueError, match="its loss is rms, and here it is log"):
+        study(tmp_path / "s.db", steps=2, loss_name="log").run()
+    with pytest.raises(ValueError, match="another model or other prompts"):
+        study(tmp_path / "s.db", steps=2, data=mixture(seed=2)).run()
+
+
+def test_the_teachers_ends_are_taken_from_the_file_if_they_are_of_this_network(tmp_path):
+    file, calls = str(tmp_path / "ends.safetensors"), []
+    for data in (DATA, DATA, mixture(seed=2)):
+        fit, select = (cohort(VE, seed, data=data) for seed in (1, 2))
+        kept = ends.Ends(fit, select)
+        for running in (kept.load(file, VE, 40), kept.teach(VE, 40)):
+            try:
+                while True:
+                    next(running)
+            except StopIteration as stop:
+                if stop.value:
+                    break
+        calls.append(fit.calls + select.calls)
+        kept.store(file)
+    assert calls == [24 * 40, 4 * 40, 28 * 40] and [p.name for p in tmp_path.iterdir()] == ["ends.safetensors"]
+
+
+CHILD = """
+import sys, types
+sys.path[:0] = [{tests!r}]
+package = types.ModuleType("quickstep_under_test"); package.__path__ = [{root!r}]
+sys.modules["quickstep_under_test"] = package
+import pathlib, time, test_study
+made = test_study.study(pathlib.Path({file!r}), steps=2, heartbeat=1, trials=1000)
+def tick():
+    if made.ran == 5:
+        print("in the middle", flush=True)
+        time.sleep(100)
+made.tick = tick
+made.run()
+"""
+
+
+def test_kill_9_loses_at_most_the_trial_that_ran(tmp_path):
+    """A child is killed in the middle of a trial. Who goes on finds all that was finished, and tries the running one again."""
+    here, file = Path(__file__).resolve().parent, tmp_path / "s.db"
+    code = CHILD.format(tests=str(here), root=str(here.parent), file=str(file))
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+    )
+    said = child.stdout.readline()
+    time.sleep(1.2)  # a sign of life
+    child.kill()
+    child.wait()
+    assert said == "in the middle\n" and child.returncode == -signal.SIGKILL
+    optuna = engine.needed("optuna")
+    left = optuna.load_study(study_name="s", storage=f"sqlite:///{file}").get_trials()
+    before = [t for t in left if t.state.name in ("COMPLETE", "PRUNED")]
+    assert len(before) == 5
+    (running,) = [t for t in left if t.state.name == "RUNNING"]
+    time.sleep(3.2)  # three heartbeats
+    made = study(file, steps=2, heartbeat=1, trials=len(left))
+    made.run()
+    trials = made.study.get_trials()
+    assert [t.params for t in trials[: len(before)]] == [t.params for t in before]
+    assert trials[running.number].state.name == "FAIL"
+    again = [t for t in trials if t.system_attrs.get("failed_trial") == running.number]
+    assert len(again) == 1 and again[0].params.items() >= running.params.items()
+
+
+# Predictor
+
+
+def score(space: Space, values: dict) -> float:
+    """A known function of a schedule: even gaps and high orders are good."""
+    table = space.table(values)
+    gaps = -np.diff(np.log(table.sigmas[:-1]))
+    order = sum(row.order for row in table.steps)
+    return float(np.exp(np.square(gaps).sum() / 10.0 - 0.3 * order))
+
+
+def test_the_predictor_ranks_and_proposes(monkeypatch):
+    """The spec's: a known score, Kendall's tau above 0.8 with 400 samples; and what is proposed is better than all of them."""
+    space, rng = Space(VE, 4, 4), random.Random(0)
+    tried = [drawn(space, rng) for _ in range(400)]
+    losses = [score(space, values) for values in tried]
+    predictor = Predictor(space, tried, losses, 0)
+    assert predictor.tau > 0.8
+    best = sorted(range(400), key=losses.__getitem__)[:15]
+    monkeypatch.setattr("quickstep_under_test.solvers.calibration.predictor._GENERATIONS", 12)
+    made = proposals(predictor, [tried[i] for i in best], 0)
+    assert max(score(space, values) for values in made[:10]) < losses[best[5]]
+    assert min(score(space, values) for values in made) < losses[best[0]]
+    noise = Predictor(space, tried[:60], [rng.random() for _ in range(60)], 0)
+    assert noise.tau < 0.4
+
+
+def test_the_predictor_in_a_study(monkeypatch):
+    from quickstep_under_test.solvers.calibration import predictor
+
+    monkeypatch.setattr(predictor, "FIRST", 10)
+    made = study(sampler="predictor", trials=18, left=lambda: 0.5)
+    asked = []
+    monkeypatch.setattr(predictor, "proposals", lambda *a: asked.append(a) or proposals(*a))
+    monkeypatch.setattr(predictor, "TRUST", -1.0)
+    made.run()
+    listed = [values for _, parents, _ in asked for values in parents]
+    assert asked and all(values.keys() == listed[0].keys() for values in listed)
+    assert len({tuple(sorted(t.params.items())) for t in made.study.get_trials()}) == len(made.study.get_trials())
+
+
+# Packages
+
+
+@pytest.mark.parametrize(("package", "sampler"), [("optuna", "tpe"), ("cmaes", "cma-es"), ("sklearn", "predictor")])
+def test_a_missing_package_is_one_sentence(monkeypatch, package, sampler):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f'needs the Python package {package}, which is not installed: "pip install'):
+        study(sampler=sampler).run()
+
+
+def test_postgresql_goes_through_psycopg(monkeypatch):
+    seen = []
+    optuna = engine.needed("optuna")
+    monkeypatch.setattr(optuna.storages, "RDBStorage", lambda url, **options: seen.append((url, options)))
+    engine.storage("postgresql://me@host/db", 7)
+    ((url, options),) = seen
+    assert (
+        url == "postgresql+psycopg://me@host/db"
+        and options["heartbeat_interval"] == 7
+        and options["grace_period"] == 21
+    )
+
+
+def test_a_database_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="unable to open database file"):
+        engine.storage(f"sqlite:///{tmp_path}/none/s.db", 10)
+    with pytest.raises(ValueError, match=r"database postgresql\+psycopg://me@127.0.0.1:9/x cannot be opened"):
+        engine.storage("postgresql://me:secret@127.0.0.1:9/x", 10)
+
+
+def test_two_who_begin_at_once_both_create_the_tables(tmp_path, monkeypatch):
+    """The second one's first attempt finds them half made."""
+    optuna, made = engine.needed("optuna"), []
+    real = optuna.storages.RDBStorage
+
+    def first(*arguments, **options):
+        made.append(arguments)
+        if len(made) == 1:
+            raise engine.needed("sqlalchemy").exc.OperationalError("CREATE", {}, Exception("table exists"))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", first)
+    assert engine.storage(f"sqlite:///{tmp_path}/s.db", 10).get_all_studies() == [] and len(made) == 2
