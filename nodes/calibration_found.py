@@ -139,6 +139,8 @@ def for_steps(found: Artifact, model, steps: int, file: str) -> list[float]:
         return again(found.table, process_of(model), steps)
     except ValueError as error:
         raise ValueError(f"Found Schedule: {file} has no sigmas for {steps} steps. {error}") from None
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"Found Schedule: the measurement in {file} is damaged ({error}); calibrate again.") from None
 
 
 def every_file() -> list[str]:
@@ -185,13 +187,14 @@ def in_words(found: Artifact) -> str:
 def measured_in_words(table: dict) -> str:
     """How sigmas came from a measurement, and what else can."""
     names = {method.id: method.title for method in (*PROPOSALS, *CLOSED_FORMS)}
-    made, begin = (names.get(table[key]["id"], table[key]["id"]) for key in ("proposal", "start"))
-    if table["share"] == 0.0:
+    used = [stored.get("id") if isinstance(stored := table.get(key), dict) else None for key in ("proposal", "start")]
+    (made, begin), share = (names.get(id, id) for id in used), table.get("share")
+    if not isinstance(share, int | float) or share == 0.0:
         return (
             f"{made} proposed nothing better than the {begin}: these are its sigmas, also for other numbers of steps."
         )
     return (
-        f"{made}, {table['share']:.0%} of the way there from the {begin}. The measurement is in the file: Found Schedule makes "
+        f"{made}, {share:.0%} of the way there from the {begin}. The measurement is in the file: Found Schedule makes "
         "sigmas for other numbers of steps from it."
     )
 

@@ -41,9 +41,10 @@ class AlignYourStepsOnModel(Proposal):
     Every sweep is tried, and three without gain end it. About 22 x ``steps`` x ``draws`` calls per sample and sweep: a
     hundred times the table's. It serves no fewer steps than it was measured with.
 
-    The bound is not the error of the finished sample: carried to its minimum it crowds the sigmas (on a mixture of Gaussians ten
-    times Karras' error). So its proposal is tried, and others on the way to it from the best usual schedule, and the finished
-    samples decide. The paper stops early by looking at pictures.
+    The bound is not the error of the finished sample: carried to its minimum it crowds the sigmas. So its proposal is tried, and
+    others on the way to it from the best usual schedule, and the finished samples decide. The paper stops early by looking at
+    pictures. Mean error of 400 other samples of a mixture of Gaussians, best of Karras and exponential -> kept, at 5 and 10
+    steps: Euler .212 -> .212, .087 -> .087; DPM-Solver++ 2M .187 -> .160, .020 -> .020. As proposed: 2M .372, .205.
 
     Source: Sabour, Fidler, Kreis (2024), arXiv:2404.14507, section 3 and algorithms 1, 2, with the factor Z that is missing there.
     """

@@ -35,7 +35,9 @@ class Curvature(Proposal):
     slope at most log(ratio)).
 
     Only single steps are counted, not what becomes of their errors. So its proposal is tried, and others on the way to it from
-    the best usual schedule, and the finished samples decide.
+    the best usual schedule, and the finished samples decide. Mean error of 400 other samples of a mixture of Gaussians, best of
+    Karras and exponential -> kept, at 5 and 10 steps: Euler .212 -> .145, .087 -> .063; DPM-Solver++ 2M .187 -> .120,
+    .020 -> .012. As proposed, 2M at 10 steps: .028 with ``ratio`` 1.4, .042 without a limit.
 
     Source: this pack's own use of equidistribution: de Boor (1973), Good approximation by splines with variable knots.
     """

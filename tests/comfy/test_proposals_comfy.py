@@ -44,8 +44,8 @@ def run(id="GITS", kind="flow", *, model=None, steps=5, solver=None, name="mine"
 
 
 def test_there_is_a_node_for_each_method():
-    assert list(NODES) == [method.id for method in PROPOSALS] == list(SMALL)
-    for node in NODES.values():
+    assert list(NODES) == [method.id for method in PROPOSALS]
+    for node in (NODES[id] for id in SMALL):
         schema = node.GET_SCHEMA()
         ids = [item.id for item in schema.inputs]
         own = [name for name in ids if name in SMALL[node.METHOD.id]]
@@ -102,6 +102,12 @@ def test_numbers_of_steps_it_cannot_give_are_one_sentence(folder):
     ):
         FoundSchedule.execute("searched.json", model, 3)
     assert len(FoundSchedule.execute("searched.json", model, 0).args[0]) == 6
+    odd = {**table, "sigmas": [table["sigmas"][0], 1.0, 0.0], "share": 1.0}
+    for name, proposal in (("strange", {"id": "GITS", "gama": 1.0}), ("empty", {})):
+        save(folder / f"{name}.json", Artifact(calibration_run.SCHEDULE, {**odd, "proposal": proposal}))
+        assert InspectCalibration.execute(f"{name}.json").args[0].shape == (1, 600, 960, 3)
+        with pytest.raises(ValueError, match=rf"{name}.json (is damaged|has no sigmas)"):
+            FoundSchedule.execute(f"{name}.json", model, 7)
 
 
 def test_bad_requests_are_refused_before_any_call(folder):
