@@ -44,7 +44,9 @@ class AlignYourStepsOnModel(Proposal):
     The bound is not the error of the finished sample: carried to its minimum it crowds the sigmas. So its proposal is tried, and
     others on the way to it from the best usual schedule, and the finished samples decide. The paper stops early by looking at
     pictures. Mean error of 400 other samples of a mixture of Gaussians, best of Karras and exponential -> kept, at 5 and 10
-    steps: Euler .212 -> .212, .087 -> .087; DPM-Solver++ 2M .187 -> .160, .020 -> .020. As proposed: 2M .372, .205.
+    steps: Euler .212 -> .212, .087 -> .087; DPM-Solver++ 2M .187 -> .160, .020 -> .020. As proposed: 2M .372, .205. Demo networks
+    at 8 steps of 2M, CFG 4, where 8 samples measured, twice each, 8 chose and 8 others reported, from the best usual schedule:
+    DiT .077 -> .077 (nothing better), UNet .113 -> .113.
 
     Source: Sabour, Fidler, Kreis (2024), arXiv:2404.14507, section 3 and algorithms 1, 2, with the factor Z that is missing there.
     """

@@ -31,7 +31,9 @@ class BOSS(Proposal):
     It counts each step's own error, and not what becomes of it later; it knows Euler steps only. So its proposal is tried,
     and others on the way to it from the best usual schedule, and the finished samples decide. Mean error of 400 other samples
     of a mixture of Gaussians, best of Karras and exponential -> kept, at 5 and 10 steps: Euler .212 -> .150, .087 -> .065;
-    DPM-Solver++ 2M .187 -> .187, .020 -> .014. As proposed: Euler .150, .074; 2M .205, .043.
+    DPM-Solver++ 2M .187 -> .187, .020 -> .014. As proposed: Euler .150, .074; 2M .205, .043. Demo networks at 8 steps of 2M,
+    CFG 4, where 8 samples measured, 8 chose and 8 others reported: DiT .077 -> .034 from the best usual schedule (Beta); UNet
+    .113 -> .132 from Uniform, though better on those that chose: so few samples are too few.
 
     Source: Nguyen, Nguyen, Nguyen (2023), arXiv:2312.16414, section 3.
     """

@@ -37,7 +37,9 @@ class Curvature(Proposal):
     Only single steps are counted, not what becomes of their errors. So its proposal is tried, and others on the way to it from
     the best usual schedule, and the finished samples decide. Mean error of 400 other samples of a mixture of Gaussians, best of
     Karras and exponential -> kept, at 5 and 10 steps: Euler .212 -> .145, .087 -> .063; DPM-Solver++ 2M .187 -> .120,
-    .020 -> .012. As proposed, 2M at 10 steps: .028 with ``ratio`` 1.4, .042 without a limit.
+    .020 -> .012. As proposed, 2M at 10 steps: .028 with ``ratio`` 1.4, .042 without a limit. Demo networks at 8 steps of 2M,
+    CFG 4, where 8 samples measured, 8 chose and 8 others reported, from the best usual schedule: DiT .077 -> .037 (from Beta, .2
+    of the way; as proposed .462, as on flow models too many steps lie in nearly pure noise), UNet .113 -> .044 (from Uniform).
 
     Source: this pack's own use of equidistribution: de Boor (1973), Good approximation by splines with variable knots.
     """

@@ -48,7 +48,9 @@ class GITS(Proposal):
     Its cost is that of Euler steps: with a sampler of higher order it is only a beginning, and often the best lies on the way
     from the usual schedule to it, which is tried too. Mean error of 400 other samples of a mixture of Gaussians, best of Karras
     and exponential -> kept, at 5 and 10 steps: Euler .212 -> .158, .087 -> .068; DPM-Solver++ 2M .187 -> .187, .020 -> .015.
-    As proposed: Euler .172, .087; 2M .245, .097.
+    As proposed: Euler .172, .087; 2M .245, .097. Demo networks at 8 steps of 2M, CFG 4, where 8 samples measured, 8 chose and 8
+    others reported: DiT .077 -> .037 from the best usual schedule (Beta); UNet .113 -> .137 from Uniform, though better on those
+    that chose: so few samples are too few.
 
     Source: Chen et al. (2024), arXiv:2405.11326, section 4; numbers of the metric and gamma from the authors' program.
     """

@@ -41,7 +41,8 @@ class OptimalSteps(Proposal):
     beginning. Medians of levels need not be a good schedule for any sample. So its proposal is tried, and others on the way to
     it from the best usual schedule, and the finished samples decide. Mean error of 400 other samples of a mixture of Gaussians,
     best of Karras and exponential -> kept, at 5 and 10 steps: Euler .212 -> .166, .087 -> .071; DPM-Solver++ 2M .187 -> .154,
-    .020 -> .020. As proposed: Euler .166, .076; 2M .154, .047.
+    .020 -> .020. As proposed: Euler .166, .076; 2M .154, .047. Demo DiT at 8 steps of 2M, CFG 4, 4 samples measured, 8 chose and
+    8 others reported: .077 -> .062 from the best usual schedule (Beta). The demo UNet was not measured.
 
     Source: Pei et al. (2025), arXiv:2503.21774, algorithm 1; the median over samples from the authors' program.
     """
