@@ -21,7 +21,7 @@ from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
 from quickstep_under_test.solvers.solver import Problem, sample
 from quickstep_under_test.solvers.transform import Transformed
-from scipy.fft import idctn
+from scipy.fft import dctn, idctn
 
 K_MAX, K_MIN = 14.6, 0.02
 VE = VarianceExploding(t_min=K_MIN, t_max=K_MAX)
@@ -29,6 +29,11 @@ FLOW = RectifiedFlow(t_min=K_MIN / (1 + K_MIN), t_max=K_MAX / (1 + K_MAX))
 NOISE = RectifiedFlow(t_min=0.003, t_max=1.0)  # from pure noise on
 PROCESSES = pytest.mark.parametrize("process", [VE, FLOW], ids=["ve", "flow"])
 MEANS = torch.from_numpy(np.random.default_rng(1).standard_normal((12, 16)) * 0.9)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    torch.manual_seed(0)
 
 
 def bench() -> GaussianMixture:
@@ -164,6 +169,24 @@ def test_statistics_of_one_point_know_everything(kind, process):
     x = process.sigma(process.t_max) * torch.randn(2, 1, 4, 4, dtype=torch.float64)
     made = sample(problem(process, data), DPMSolverV3(statistics=found), x, [process.t_max, 0.0])  # one step
     assert (made - 0.4).abs().max() < 1e-9
+
+
+def test_where_one_gaussian_leaves_nothing_to_explain_rounding_does_not_choose_s():
+    """f is a function of lambda alone; in single precision it varies a little, and its slope about that would be anything."""
+    exact = GaussianMixture.gaussian(0.5, 0.5, 16).denoiser(VE)
+    x0 = 0.5 + 0.5**0.5 * torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    rounded = Problem(lambda x, t: exact(x.double(), t).float(), VE)
+    *_, last = estimate([Part(lambda visit: visit(rounded, x0), x0)], VE, levels(VE, 12, 0.1), "scalar", "full")
+    assert last.statistics.s.abs().max() < 0.05
+
+
+def test_statistics_are_constant_beyond_their_levels():
+    statistics = ModelStatistics(
+        torch.tensor([-1.0, 0.0, 1.0]), *torch.tensor([[0.9, 0.5, 0.1], [0.0, -0.3, -1.0], [0.2, 0.1, 0.3]])
+    )
+    for beyond, node in ((-9.0, 0), (9.0, 2)):
+        got = [float(v[0]) for v in statistics.at(np.array([beyond]))]
+        assert got == pytest.approx([float(v[node]) for v in (statistics.l, statistics.s, statistics.b)])
 
 
 def test_numbers_beside_a_finer_b_are_the_same_numbers_for_every_element():
@@ -395,7 +418,7 @@ def test_drawn_samples_have_the_mean_and_covariance():
         )
         assert (made.mean(0) - m).abs().max() < 0.06
         if rank:
-            assert (torch.cov(made.T) - C).abs().max() < 0.1
+            assert (torch.cov(made.T) - C).abs().max() < 0.15
         assert abs(torch.cov(made.T).trace() - C.trace()) < 0.05 * C.trace()
 
 
@@ -409,6 +432,8 @@ def test_statistics_at_another_size_are_those_of_the_same_pictures_there():
         statistics = GaussianStatistics.measured(small, 3, rank)
         made = [statistics.draw(torch.randn(500, 1, n, n, generator=g, dtype=torch.float64)) for n in (8, 16)]
         assert made[0].mean() == pytest.approx(float(made[1].mean()), abs=0.05)
+        for x in made:
+            assert dctn(x.numpy(), axes=(2, 3), norm="ortho")[:, :, 3:, 3:].var() == pytest.approx(0.01, rel=0.1)
         coarse = torch.nn.functional.avg_pool2d(made[1], 2)
         assert coarse.var(0).mean() == pytest.approx(float(made[0].var(0).mean()), rel=0.1)
         assert made[0].var(0).mean() == pytest.approx(float(small.var(0).mean()), rel=0.1)
