@@ -28,7 +28,7 @@ class Predictor:
         held, rest = order[: len(y) // 5], order[len(y) // 5 :]
         if len(held) > 1:
             self.members = [self._member(X[rest], y[rest], seed)]
-            tau = float(kendalltau(self._predicted(X[held])[0], y[held]).statistic)
+            tau = float(np.asarray(kendalltau(self._predicted(X[held])[0], y[held]))[0])
             self.tau = tau if math.isfinite(tau) else 0.0
         self.members = [self._member(X, y, seed + i) for i in range(_MEMBERS)]
 
@@ -66,11 +66,12 @@ def proposals(predictor: Predictor, parents: list[dict[str, Any]], seed: int) ->
     def values_of(row: np.ndarray) -> dict[str, Any]:
         return {knob.name: _value(knob, v) for knob, v in zip(knobs, row, strict=True)}
 
-    found = differential_evolution(
-        lambda rows: predictor([values_of(row) for row in rows.T]), list(zip(low, high, strict=True)), integrality=whole,
-        init=pool, maxiter=_GENERATIONS, mutation=(0.3, 0.9), recombination=0.5, vectorized=True, updating="deferred",
-        polish=False, rng=seed, tol=0.0, atol=0.0,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "integrality": whole, "init": pool, "maxiter": _GENERATIONS, "mutation": (0.3, 0.9), "recombination": 0.5, "tol": 0.0,
+        "vectorized": True, "updating": "deferred", "polish": False, "seed": np.random.default_rng(seed),
+    }  # fmt: skip
+    bounds = list(zip(low, high, strict=True))
+    found = differential_evolution(lambda rows: predictor([values_of(row) for row in rows.T]), bounds, **options)
     rows = np.asarray(found.population)[np.argsort(found.population_energies)]
     return [values_of(row) for row in rows]
 

@@ -254,7 +254,7 @@ class Study:
         plan = self.space.plan(suggested(trial, self.space))
         try:
             errors = self._raced(trial, plan)
-            value, calls = self.loss(torch.tensor(errors)), plan.solver.nfe(len(plan.times) - 1)
+            value, calls = self.loss(torch.tensor(errors)), calls_of(plan)
             trial.set_user_attr("calls", calls)
             better = [t for t in self.finished() if t.user_attrs["calls"] <= calls and t.values[0] <= value]
             if not better:
@@ -277,7 +277,7 @@ class Study:
                     trial.report(loss, j)
             errors += made.tolist()
             trial.set_user_attr("errors", errors)
-            if races and trial.should_prune():
+            if races and i + 1 < len(self.fit.batches) and trial.should_prune():
                 raise needed("optuna").TrialPruned
         return errors
 
@@ -320,7 +320,7 @@ class Study:
     def _add(self, values: dict[str, Any], loss: float, rms: torch.Tensor, select: float) -> None:
         """A trial that was not proposed: as the nearest one that the space has, with its true values beside it."""
         plan = self.space.plan(values)
-        attrs = {"errors": rms.double().tolist(), "select": select, "calls": plan.solver.nfe(len(plan.times) - 1)}
+        attrs = {"errors": rms.double().tolist(), "select": select, "calls": calls_of(plan)}
         made = needed("optuna").create_trial(
             params=self.space.own(values), distributions=distributions(self.space), value=loss,
             user_attrs={**attrs, "values": values}, intermediate_values=dict(enumerate(self.loss.of(rms).tolist())),
@@ -335,6 +335,13 @@ class Study:
     def _rounding(self) -> float:
         targets = torch.cat(self.fit.targets)
         return 10.0 * torch.finfo(targets.dtype).eps * float(targets.square().mean().sqrt())
+
+
+def calls_of(plan: Plan) -> int:
+    """Of the network, in a run."""
+    calls = plan.solver.nfe(len(plan.times) - 1)
+    assert calls is not None  # tables of this space have their length
+    return calls
 
 
 def _select(trial: Any) -> float:

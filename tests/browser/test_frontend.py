@@ -1,6 +1,5 @@
 """Every shipped workflow in ComfyUI's real frontend: opened, compared, queued from the page. Screenshots in output/."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,15 +7,12 @@ from pathlib import Path
 
 import pytest
 from quickstep_under_test.demo import testbed
+from quickstep_under_test.nodes import convert
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SCREENSHOTS = ROOT / "output" / "screenshots"
-
-_spec = importlib.util.spec_from_file_location("convert", HERE.parent / "server" / "convert.py")
-convert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convert)
 
 
 def check(server, renderer: str, queue: bool) -> dict[str, dict]:

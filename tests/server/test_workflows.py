@@ -1,6 +1,5 @@
 """Every shipped workflow through the real server, and what the server shows of the pack."""
 
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -9,13 +8,10 @@ import pytest
 from PIL import Image
 from quickstep_under_test.demo import graphs
 from quickstep_under_test.demo.testbed import Trouble
+from quickstep_under_test.nodes import convert
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-
-_spec = importlib.util.spec_from_file_location("convert", Path(__file__).with_name("convert.py"))
-convert = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convert)
 
 
 def test_there_are_workflows():

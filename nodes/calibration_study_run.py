@@ -1,0 +1,157 @@
+"""A study while it runs: time, preview, saving, and what it says in the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+
+from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
+from ..solvers.calibration.engine import FRONT
+from ..solvers.calibration.study import Point, Study
+from ..solvers.usf import USF
+from ..solvers.usf_table import KIND
+from . import artifacts, plot
+from .calibration_samples import Samples
+from .fingerprint import fingerprint
+
+_PREVIEW, _SAVE = 2.0, 30.0
+
+
+class Watch:
+    """Runs a study until it ends or the minutes are over, with a live picture, and keeps the best so far in files.
+
+    They are written every half minute, at the end, and when the user stops; a worker writes none.
+    """
+
+    def __init__(self, study: Study, samples: Samples, minutes: float, name: str):
+        self.study, self.samples, self.minutes, self.name = study, samples, minutes, name
+        self.paths: dict[int, str] = {}
+        self.path("")  # refuses bad names
+        self.began = self.saved = time.monotonic()
+        self.seen = 0.0
+        self.bar: Any = comfy.utils.ProgressBar(1000)
+        study.tick, study.left = self.tick, self.left
+
+    def path(self, end: str) -> str:
+        return artifacts.free_path(f"{self.name.strip().removesuffix('.json')}{end}", ".json", "Search Solver")
+
+    def left(self) -> float:
+        """Share of the time that is left, when that for the report is put aside."""
+        used, study = time.monotonic() - self.began, self.study
+        report = study.report.size * (study.teacher.get("steps", 0) + 2 * study.space.most)
+        reserved = used * report / max(study.calls, 1) if study.lead and study.stage == "search" else 0.0
+        return 1.0 - (used + reserved) / (60.0 * self.minutes)
+
+    def run(self) -> None:
+        """All of it. What was found is saved also when it is interrupted."""
+        try:
+            self.study.run()
+        finally:
+            self.save()
+        self.bar.update_absolute(1000)
+
+    def tick(self) -> None:
+        """After each visit of the network; raises when the user stops."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        now = time.monotonic()
+        if now - self.seen < _PREVIEW:
+            return
+        self.seen = now
+        value = min(999, max(0, int(1000 * (1.0 - self.left()))))
+        shown = self.study.lead and bool(self.study.finished())
+        preview = ("JPEG", picture(self.study), 640) if shown else None
+        self.bar.update_absolute(value, preview=preview)
+        if now - self.saved > _SAVE:
+            self.save()
+
+    def save(self) -> None:
+        """The best so far, whole or not at all; nothing before there is one."""
+        self.saved = time.monotonic()
+        if not self.study.lead or self.study.study is None:
+            return
+        for point in self.found():
+            if point.calls not in self.paths:
+                self.paths[point.calls] = self.path(f"_{point.calls}" if self.study.sampler == FRONT else "")
+            save(self.paths[point.calls], self.artifact(point), overwrite=True)
+
+    def found(self) -> list[Point]:
+        """What is worth a file: the best one, or the best of each number of calls."""
+        front = self.study.front()
+        return front if self.study.sampler == FRONT else front[-1:]
+
+    def artifact(self, point: Point) -> Artifact:
+        study, measured = self.study, point.table == self.study.best
+        found_for = FoundFor(
+            model=fingerprint(self.samples.model),
+            process=process_name(study.space.process),
+            solver=USF.id,
+            steps=len(point.table.steps),
+            cfg=self.samples.cfg,
+            shape=self.samples.shape,
+            seed=self.samples.seed,
+            created=now(),
+            loss_before=float(study.before.mean()) if measured and study.before is not None else None,
+            loss_after=float(study.after.mean()) if measured and study.after is not None else None,
+        )
+        return Artifact(KIND, point.table.raw(), {}, found_for)
+
+    def report(self) -> str:
+        """What was found, in words."""
+        study = self.study
+        trials = study.study.get_trials(deepcopy=False)
+        pruned = sum(trial.state.name == "PRUNED" for trial in trials)
+        where = "a PostgreSQL database" if study.url.startswith("postgres") else study.url.removeprefix("sqlite:///")
+        lines = [f"Saved as {', '.join(map(os.path.basename, self.paths.values()))}."] if self.paths else []
+        lines.append(
+            f"Study {study.name!r} in {where}: {len(study.finished())} trials finished, {pruned} stopped early; {study.ran} ran "
+            f"here, in {time.monotonic() - self.began:.0f} s, with {study.calls} network calls, counted for each sample."
+        )
+        base = study.base_trial()
+        if study.before is not None and study.after is not None and base is not None:
+            before, after = study.before, study.after
+            better = int((after < before).sum())
+            lines.append(
+                f"Error on {len(before)} samples kept aside: {before.mean():.4f} before ({base.user_attrs['start']}), "
+                f"{after.mean():.4f} after; {better} of {len(before)} samples are nearer."
+            )
+            if study.best_trial() is base:
+                lines.append("Nothing better than the best usual sampler was found, so that is what is returned.")
+        if study.sampler == FRONT:
+            lines += [f"{point.calls} calls: {point.select:.4f} {point.label}".rstrip() for point in study.front()]
+        return "\n".join(lines)
+
+
+def picture(study: Study):
+    """Losses by trial, and the best so far; for error against calls all of them, and the front."""
+    trials = study.finished()
+    if study.sampler == FRONT:
+        front = study.front()
+        series: list[plot.Series] = [
+            ("front, on samples that select", [p.calls for p in front], [p.select for p in front]),
+            ("usual samplers, on samples of the fit", *_lowest([t for t in trials if "start" in t.user_attrs])),
+        ]
+        return plot.line_plot(series, "Error against calls", "network calls", "error", log_y=True)
+    best, lowest = [], float("inf")
+    for trial in trials:
+        lowest = min(lowest, trial.user_attrs.get("select", float("inf")))
+        best.append(lowest)
+    numbers = [trial.number for trial in trials]
+    series = [
+        ("fit", numbers, [trial.values[0] for trial in trials]),
+        ("best so far, on samples that select", numbers, best),
+    ]
+    positive = all(trial.values[0] > 0.0 for trial in trials)
+    return plot.line_plot(series, f"Search: {study.stage}", "trial", "error", log_y=positive)
+
+
+def _lowest(trials: list) -> tuple[list[int], list[float]]:
+    """The least loss for each number of calls."""
+    found: dict[int, float] = {}
+    for trial in trials:
+        calls = trial.user_attrs["calls"]
+        found[calls] = min(found.get(calls, float("inf")), trial.values[0])
+    return sorted(found), [found[calls] for calls in sorted(found)]
