@@ -48,7 +48,7 @@ def small(monkeypatch):
     monkeypatch.setattr(teachers, "MOST", 80)
 
 
-ALL = [pytest.param(method(**SMALL[method]), id=method.id) for method in PROPOSALS]
+ALL = [pytest.param(method(**SMALL[method]), id=method.id) for method in SMALL]
 
 
 def final(measuring):

@@ -10,11 +10,23 @@ from ..schedules import CLOSED_FORMS
 from .ays import AlignYourStepsOnModel
 from .boss import BOSS
 from .curvature import Curvature
+from .dmn import DMN
 from .gits import GITS
+from .hso import HSO
+from .kinetic import KineticOptimal
 from .oss import OptimalSteps
 from .proposal import Proposal, blended
 
-PROPOSALS: tuple[type[Proposal], ...] = (AlignYourStepsOnModel, GITS, OptimalSteps, BOSS, Curvature)
+PROPOSALS: tuple[type[Proposal], ...] = (
+    AlignYourStepsOnModel,
+    GITS,
+    OptimalSteps,
+    BOSS,
+    Curvature,
+    DMN,
+    KineticOptimal,
+    HSO,
+)
 """Each is a node."""
 
 
