@@ -9,12 +9,11 @@ from comfy_api.latest import io, ui
 
 from ..solvers.artifact import Artifact, load, mismatches
 from ..solvers.calibration import fitted
-from ..solvers.calibration.fitted import FittedSolver
-from ..solvers.calibration.library import PROPOSALS, again
-from ..solvers.schedules import CLOSED_FORMS
+from ..solvers.calibration.library import again
 from . import artifacts, plot
 from .bridge import process_of
 from .calibration_run import SCHEDULE, as_sigmas
+from .calibration_shown import drawing, in_words
 from .derive import PREFIX
 from .fingerprint import fingerprint
 from .show import show_text
@@ -80,7 +79,7 @@ class FoundSchedule(io.ComfyNode):
 
 
 class InspectCalibration(io.ComfyNode):
-    """Shows what is in a calibration file: its schedule and weights as a picture, and in words what it is for.
+    """Shows what is in a calibration file: its numbers as a picture, and in words what it is and which node uses it.
 
     Any file of ComfyUI's models/quickstep folder; what has no curve to draw is only described.
     """
@@ -91,7 +90,8 @@ class InspectCalibration(io.ComfyNode):
             node_id=PREFIX + "InspectCalibration",
             display_name="Inspect Calibration (Quickstep)",
             category=CATEGORY,
-            description="Shows what is in a calibration file: its schedule and weights as a picture, and in words what it is for.",
+            description="Shows what is in a calibration file: its numbers as a picture, and in words what it is and which node "
+            "uses it.",
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[io.Combo.Input("file", options=every_file(), tooltip="Any file in models/quickstep.")],
@@ -156,71 +156,6 @@ def read_any(name: str, taker: str) -> Artifact:
     if file is None:
         raise ValueError(f"{taker}: choose a file; they lie in ComfyUI's models/{artifacts.FOLDER} folder.")
     return load(file)
-
-
-def in_words(found: Artifact) -> str:
-    """What a calibration is for, and how much it helped."""
-    f = found.found_for
-    what = {SCHEDULE: "Sigmas of a schedule", fitted.KIND: "A fitted sampler: sigmas, and weights for each step"}
-    lines = [f"{what.get(found.kind, found.kind)}."]
-    known = {"sampler": f.solver, "steps": f.steps, "CFG": f.cfg, "latents of shape": f.shape, "model": f.model}
-    lines.append(
-        "Found for " + ", ".join(f"{name} {value}" for name, value in known.items() if value is not None) + "."
-    )
-    if f.process is not None:
-        lines.append("The model is a flow model." if f.process == "flow" else "The model is no flow model.")
-    if f.loss_before is not None and f.loss_after is not None:
-        lines.append(f"Error on samples kept aside: {f.loss_before:.4f} before, {f.loss_after:.4f} after.")
-    elif found.kind in what:
-        lines.append("The search was stopped before its result was measured on samples kept aside.")
-    if isinstance(found.table.get("proposal"), dict):
-        lines.append(measured_in_words(found.table))
-    if found.kind == SCHEDULE:
-        lines.append(
-            "Use it with that sampler and number of steps; other prompts are served as well, other CFG scales less."
-        )
-    if found.kind == fitted.KIND:
-        lines.append("Use Fitted solver and Found Schedule with this file; for other CFG scales fit again.")
-    return "\n".join(lines)
-
-
-def measured_in_words(table: dict) -> str:
-    """How sigmas came from a measurement, and what else can."""
-    names = {method.id: method.title for method in (*PROPOSALS, *CLOSED_FORMS)}
-    used = [stored.get("id") if isinstance(stored := table.get(key), dict) else None for key in ("proposal", "start")]
-    (made, begin), share = (names.get(id, id) for id in used), table.get("share")
-    if not isinstance(share, int | float) or share == 0.0:
-        return (
-            f"{made} proposed nothing better than the {begin}: these are its sigmas, also for other numbers of steps."
-        )
-    return (
-        f"{made}, {share:.0%} of the way there from the {begin}. The measurement is in the file: Found Schedule makes "
-        "sigmas for other numbers of steps from it."
-    )
-
-
-def drawing(found: Artifact):
-    """Sigmas, weights, or whatever numbers the table has."""
-    times = found.table.get("sigmas")
-    if found.kind == fitted.KIND:
-        FittedSolver(found)  # refuses damaged ones
-        rows = found.table["weights"]
-        series = []
-        for m in range(max(map(len, rows))):
-            points = [(i + 1, row[m]) for i, row in enumerate(rows) if len(row) > m]
-            name = "newest prediction" if m == 0 else f"{m} before it"
-            series.append((name, [i for i, _ in points], [w for _, w in points]))
-        return plot.line_plot(series, "Weights of the predictions", "step", "weight")
-    if times:
-        curves = [("sigmas", range(len(times)), times)]
-        proposed = found.table.get("proposed")
-        if proposed and proposed != times:
-            curves.append(("as proposed", range(len(proposed)), proposed))
-        return plot.line_plot(curves, "Schedule", "step", "sigma", log_y=times[0] > 1.0)
-    for name, values in found.table.items():
-        if isinstance(values, list) and values and all(isinstance(v, int | float) for v in values):
-            return plot.line_plot([(name, range(len(values)), values)], found.kind, "number", name)
-    return plot.line_plot([("nothing to draw", [0, 1], [0, 0])], found.kind, "", "")
 
 
 NODES = [FoundSchedule, InspectCalibration]
