@@ -19,7 +19,7 @@ from quickstep_under_test.solvers.calibration.families import Plan
 from quickstep_under_test.solvers.calibration.gits import GITS, deviations, distances
 from quickstep_under_test.solvers.calibration.grams import gram, spread, trajectories
 from quickstep_under_test.solvers.calibration.klub import chains, descend, drawn, normalizer, table, triples
-from quickstep_under_test.solvers.calibration.library import PROPOSALS, again
+from quickstep_under_test.solvers.calibration.library import again
 from quickstep_under_test.solvers.calibration.oss import OptimalSteps
 from quickstep_under_test.solvers.calibration.paths import cheapest, packed, unpacked
 from quickstep_under_test.solvers.calibration.proposal import ProposalSearch, blended

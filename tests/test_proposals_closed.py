@@ -13,8 +13,10 @@ import torch
 from quickstep_under_test.solvers.calibration import hso
 from quickstep_under_test.solvers.calibration import teacher as teachers
 from quickstep_under_test.solvers.calibration.cohort import Cohort
+from quickstep_under_test.solvers.calibration.diffusion_time import Spectrum, lowest, mismatch, spectrum
 from quickstep_under_test.solvers.calibration.dmn import DMN, bound, errors, warm, weights
 from quickstep_under_test.solvers.calibration.families import Plan
+from quickstep_under_test.solvers.calibration.gaussian import GaussianStatistics
 from quickstep_under_test.solvers.calibration.hso import ENDS, HSO, descended, lack, mep, training
 from quickstep_under_test.solvers.calibration.kinetic import KineticOptimal, path, separation
 from quickstep_under_test.solvers.calibration.library import PROPOSALS, again
@@ -23,6 +25,7 @@ from quickstep_under_test.solvers.calibration.teacher import teach
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 from quickstep_under_test.solvers.schedules import ExponentialSchedule, KarrasSchedule
+from quickstep_under_test.solvers.solver import sample
 from scipy.optimize import minimize
 
 from .test_calibration import FLOW, K_MAX, K_MIN, MIXTURE, NOISE, POINT, VE, batch, cohorts_of, drained, starts
@@ -299,3 +302,65 @@ def test_degenerate_data(proposal):
     assert point.best is point.base and point.measured is None
     same = search(VE, proposal, 2, DPMSolverPP(), same=True)
     assert same.after.isfinite().all() and len(same.best.times) == 3
+
+
+# Diffusion time
+
+
+def test_the_divergence_is_that_of_two_gaussians():
+    """Against the formula for full covariances, with statistics of each frequency and of directions."""
+    x = torch.randn(40, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.7 + 0.3
+    for rank in (0, 5):
+        found = GaussianStatistics.measured(x, frequencies=2, rank=rank)
+        made = spectrum(found, (4, 4), noise_scale=2.0)
+        assert made.counts.sum() == 32
+        z = torch.eye(32, dtype=torch.float64).reshape(32, 2, 4, 4)
+        mean = found.draw(torch.zeros(1, 2, 4, 4, dtype=torch.float64)).flatten()
+        root = found.draw(z).reshape(32, 32) - mean
+        for k in (0.5, 3.0):
+            share = root.T @ root / (2.0 * k) ** 2
+            wanted = 0.5 * (mean @ mean / (2.0 * k) ** 2 + share.trace() - torch.logdet(torch.eye(32).double() + share))
+            assert mismatch(made, k) == pytest.approx(float(wanted), rel=1e-6)
+        grown = spectrum(found, (8, 8))
+        assert grown.counts.sum() == 128 and grown.mean == pytest.approx(4 * 4.0 * made.mean)
+
+
+@pytest.mark.parametrize(
+    "process", [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow"), pytest.param(NOISE, id="noise")]
+)
+def test_a_run_begins_at_the_lowest_sigma_within(process):
+    pictures = Spectrum(0.0, np.array([1.0]), np.array([16.0]))
+    t = lowest(process, pictures, 0.1)
+    assert mismatch(pictures, float(process.rho(t)[0])) == pytest.approx(0.1, rel=1e-6)
+    assert process.rho(t)[0] == pytest.approx(40**0.25, rel=0.05)  # 16 v^2 / (4 k^4)
+    assert lowest(process, Spectrum(1e12, np.array([1.0]), np.array([1.0])), 0.1) == process.t_max
+    assert lowest(process, Spectrum(0.0, np.array([0.0]), np.array([16.0])), 0.1) == pytest.approx(
+        process.t_min, rel=1e-6
+    )
+
+
+def test_the_share_of_pictures_that_a_start_changes_is_bounded():
+    """Two Gaussians in one dimension: total variation below sqrt(nats / 2), and of its size."""
+    x = np.linspace(-200.0, 200.0, 400_001)
+    k, v = 2.0, 4.0
+
+    def density(s2: float) -> np.ndarray:
+        return np.exp(-0.5 * x**2 / s2) / math.sqrt(2.0 * math.pi * s2)
+
+    apart = 0.5 * float(np.abs(density(k * k) - density(k * k + v)).sum()) * (x[1] - x[0])
+    nats = mismatch(Spectrum(0.0, np.array([v]), np.array([1.0])), k)
+    assert 0.5 * math.sqrt(nats / 2.0) < apart < math.sqrt(nats / 2.0)
+
+
+def test_a_lower_start_helps_few_steps_and_harms_many():
+    """Euler from the same noise, Karras from 14.6, 6 and 2.5: mean distance to the solution from 14.6."""
+    made = {}
+    for n in (5, 10):
+        for k in (14.6, 6.0, 2.5):
+            times = KarrasSchedule()(VE, k, K_MIN, n).tolist()
+            ends = batch(VE, 200, 3)(
+                lambda problem, x, k=k, times=times: sample(problem, DDIM(), x * (k / K_MAX), times)
+            )
+            apart = ends - taught(VE, 200, 3, 160).targets[0]
+            made[n, k] = float(apart.flatten(1).square().mean(1).sqrt().mean())
+    assert made[5, 6.0] < 0.9 * made[5, 14.6] and made[10, 2.5] > 1.3 * made[10, 14.6]

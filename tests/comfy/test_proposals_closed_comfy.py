@@ -6,9 +6,11 @@ import pytest
 import torch
 from quickstep_under_test.nodes import calibration, calibration_proposals, calibration_run
 from quickstep_under_test.nodes.bridge import process_of, sampler
+from quickstep_under_test.nodes.calibration_diffusion_time import DiffusionTime
 from quickstep_under_test.nodes.calibration_found import FoundSchedule, InspectCalibration
 from quickstep_under_test.solvers.artifact import Artifact, load, save
 from quickstep_under_test.solvers.calibration import teacher
+from quickstep_under_test.solvers.calibration.gaussian import KIND, GaussianStatistics
 from quickstep_under_test.solvers.exponential import DDIM
 
 from . import models
@@ -67,3 +69,28 @@ def test_bad_requests_are_refused_before_any_call(folder):
     with pytest.raises(ValueError, match=r"levels = 2 must lie between 8 and 200"):
         run("KineticOptimal", levels=2)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_a_run_begins_where_noise_is_near_enough(folder, kind):
+    """On centred data of std 0.7; with a mean of 2 in all numbers, nothing is near enough at the first sigma of a VE model."""
+    model, z = models.gaussian(kind, std=0.7), torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    process = process_of(model)
+    given = {"model": model, "latent": {"samples": models.latent(2, size=8)}, "nats": 0.5}
+    times = torch.tensor(calibration.STARTS["Karras"](process, process.t_max, process.t_min, 8), dtype=torch.float32)
+    for name, x in (("centred", 0.7 * (z - z.mean(0))), ("bright", 2.0 + z)):
+        save(folder / f"{name}.safetensors", Artifact(KIND, {}, GaussianStatistics.measured(x, 2).tensors()))
+    made, sigma, report = DiffusionTime.execute(**given, sigmas=times, file="centred.safetensors").args
+    assert float(made[0]) == pytest.approx(sigma) and sigma < float(times[0]) and "instead of" in report
+    assert torch.equal(made[1:], times[times < sigma]) and made.dtype == times.dtype
+    assert f"\n{sigma:.4g}: 0.5; 50%" in report
+    made, sigma, report = DiffusionTime.execute(**given, sigmas=made, file="centred.safetensors").args
+    assert float(made[0]) == pytest.approx(sigma) and "as before" in report
+    if kind == "eps":
+        made, _, report = DiffusionTime.execute(**given, sigmas=times, file="bright.safetensors").args
+        assert torch.equal(made, times) and "no lower sigma is within 0.5 nats" in report
+    with pytest.raises(ValueError, match="latents with 4 channels, and this latent has 16"):
+        wide = {"samples": torch.ones(1, 16, 8, 8)}
+        DiffusionTime.execute(**{**given, "latent": wide}, sigmas=times, file="centred.safetensors")
+    with pytest.raises(ValueError, match="choose a file of Measure Gaussian"):
+        DiffusionTime.execute(**given, sigmas=times, file="none")
