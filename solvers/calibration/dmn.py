@@ -138,7 +138,7 @@ def bound(lam: np.ndarray, order: int, p: float, trunc: int = 0) -> float:
 def warm(process: ForwardProcess, low: float, high: float, steps: int, gap: float) -> list[np.ndarray]:
     """Where to begin: uniform in lambda, and uniform in training time; neighbours at least ``gap`` apart."""
     u = process.u_of_t(process.t_of_rho(np.exp([-low, -high])))
-    trained = process.lams(process.t_of_u(np.linspace(*u, steps + 1)))
+    trained = process.lams(process.t_of_u(np.linspace(u[0], u[1], steps + 1)))
     rooms = np.maximum(np.diff(trained), 1.01 * gap) - 1.01 * gap
     room = high - low - 1.01 * gap * steps
     return [
