@@ -70,7 +70,8 @@ class KineticOptimal(Proposal):
         scale = process.noise_scale
         moment = float(torch.cat(cohort.targets).square().mean()) / scale**2
         ends = np.exp(Curve(process, process.t_max, process.t_min, steps).ends)
-        phi = np.linspace(*np.arctan(ends / math.sqrt(moment)).tolist(), self.levels)
+        first, last = np.arctan(ends / math.sqrt(moment))
+        phi = np.linspace(first, last, self.levels)
         k = math.sqrt(moment) * np.tan(phi)
         total, count = np.zeros(self.levels), 0
         for draw in range(self.draws):
