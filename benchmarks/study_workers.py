@@ -90,6 +90,7 @@ class Bench:
         command = [sys.executable, "-m", "custom_nodes.quickstep.nodes.worker", "--storage", self.url, "--study", study]
         command += ["--workflow", str(self.file), "--comfyui", os.environ["COMFYUI_PATH"], "--"]
         command += ["--cpu", "--base-directory", str(base), "--disable-api-nodes"]
+        command += ["--user-directory", str(self.folder / f"user-{study}")]  # as on one machine: they share the teacher
         with open(base / "log", "w") as log:
             alone = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(base)}
             return subprocess.Popen(command, cwd=base, stdout=log, stderr=log, env=alone)

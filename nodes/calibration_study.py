@@ -180,14 +180,14 @@ def _own(title: str) -> str:
 
 
 def _ends(title: str, given, samples: int, about: dict) -> str:
-    """The file for the teacher's ends of these samples."""
+    """The folder for the teacher's ends of these samples."""
     digest = hashlib.sha256(
         repr((title, sorted(about.items()), samples, given.seed, len(given.latent["samples"]))).encode()
     )
     for conditioning in (*given.positives, given.negative):
         for cond, _ in conditioning:
             digest.update(cond.detach().float().cpu().numpy().tobytes())
-    return os.path.join(_folder(), f"teacher-{digest.hexdigest()[:16]}.safetensors")
+    return os.path.join(_folder(), f"teacher-{digest.hexdigest()[:16]}")
 
 
 NODES = [SearchSolver]

@@ -275,21 +275,31 @@ def test_only_the_same_search_is_joined(tmp_path):
         study(tmp_path / "s.db", steps=2, data=mixture(seed=2)).run()
 
 
-def test_the_teachers_ends_are_taken_from_the_file_if_they_are_of_this_network(tmp_path):
-    file, calls = str(tmp_path / "ends.safetensors"), []
-    for data in (DATA, DATA, mixture(seed=2)):
-        fit, select = (cohort(VE, seed, data=data) for seed in (1, 2))
-        kept = ends.Ends(fit, select)
-        for running in (kept.load(file, VE, 40), kept.teach(VE, 40)):
-            try:
-                while True:
-                    next(running)
-            except StopIteration as stop:
-                if stop.value:
-                    break
-        calls.append(fit.calls + select.calls)
-        kept.store(file)
-    assert calls == [24 * 40, 4 * 40, 28 * 40] and [p.name for p in tmp_path.iterdir()] == ["ends.safetensors"]
+def taught(folder: str, data=DATA, stop: int | None = None):
+    """Calls it took, and the ends."""
+    kept = ends.Ends(cohort(VE, 1, data=data), cohort(VE, 2, data=data), folder)
+    for n, _ in enumerate(kept.teach(VE, 40), 1):
+        if n == stop:
+            break
+    calls = sum(c.calls for c in kept.cohorts.values())
+    return calls, [t for c in kept.cohorts.values() for t in c.targets], kept
+
+
+def test_the_teachers_ends_are_taken_from_files_if_they_are_of_this_network(tmp_path):
+    here, batch = str(tmp_path), 4 * 40
+    calls, first, kept = taught(here)
+    again, same, _ = taught(here)
+    assert calls == 6 * batch and again == batch and all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert kept.agree(kept.signs()) and len(list(tmp_path.iterdir())) == 6
+    other, made, theirs = taught(here, mixture(seed=2))
+    assert other == 6 * batch and not torch.allclose(made[0], first[0]) and not theirs.agree(kept.signs())
+    assert taught("")[0] == 6 * batch
+
+
+def test_killed_while_the_teacher_runs_it_loses_a_batch(tmp_path):
+    taught(str(tmp_path), stop=4)  # three are in files, the fourth is not yet
+    calls = taught(str(tmp_path))[0]
+    assert calls in (3 * 4 * 40, 4 * 4 * 40)  # one of them is run again to see
 
 
 CHILD = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,8 +42,8 @@ class Point(NamedTuple):
 class Study:
     """Searches ``space``, or joins those who do; ``run`` ends when the study has so many ``trials``, or no time is left.
 
-    Everybody who joins has the same samples, so that losses can be compared, and needs his own teacher: its ends are kept in
-    the file ``targets``. The first one measures the ``starts`` on a few samples, and puts them in the queue, best first. Each
+    Everybody who joins has the same samples, so that losses can be compared, and needs the teacher's ends, which are kept
+    in ``folder``. The first one measures the ``starts`` on a few samples, and puts them in the queue, best first. Each
     trial runs one schedule on the samples ``fit``, sample by sample, and is pruned when these say that it is worse than the
     best one (Wilcoxon's test, pairs of the same sample). The error of every sample is kept with the trial. What is best on
     ``fit`` at its time is run on ``select`` too, and the best there is the result: see ``best``, ``front``.
@@ -66,7 +65,7 @@ class Study:
     trials: int = 200
     loss_name: str = "rms"
     seed: int = 0
-    targets: str = ""
+    folder: str = ""
     lead: bool = True
     tick: Callable[[], None] = lambda: None
     left: Callable[[], float] = lambda: 1.0
@@ -146,20 +145,16 @@ class Study:
         if self.sampler == "cma-es":  # which searches numbers only
             self.space = replace(self.space, decisions=("times",), centre=base)
         self.space = self.space.about(base)
-        ends = Ends(self.fit, self.select)
-        if not self.targets or not self._drain(ends.load(self.targets, self.space.process, found["steps"])):
-            self._drain(ends.teach(self.space.process, found["steps"]))
-            if self.targets:
-                ends.store(self.targets)
-        mine, theirs = ends.sign(), found.get("sign")
-        if theirs is None:
-            found["sign"] = mine
-            self.study.set_user_attr(TEACHER, found)
+        ends = Ends(self.fit, self.select, self.folder)
+        self._drain(ends.teach(self.space.process, found["steps"]))
+        signs = found.get("signs")
+        if signs is None:
+            self.study.set_user_attr(TEACHER, {**found, "signs": ends.signs()})
             self._queue(found["ranking"])
-        elif math.dist(mine, theirs) > 0.1 * math.dist(theirs, [0.0] * len(theirs)):
+        elif not ends.agree(signs):
             raise ValueError(
-                f"The study {self.name!r} is of another model or other prompts: the teacher's first picture is a different one "
-                "here; use the same checkpoint, LoRAs, prompts and settings."
+                f"The study {self.name!r} is of another model or other prompts: the teacher's pictures are different ones here; "
+                "use the same checkpoint, LoRAs, prompts and settings."
             )
 
     def search(self) -> None:

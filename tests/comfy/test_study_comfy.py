@@ -62,7 +62,7 @@ def test_a_solver_is_found_kept_and_used(folder, kind):
 def test_the_next_run_goes_on_with_the_study(folder, places):
     searched(trials=4, minutes=0.5)
     (database,) = (places / "user" / "quickstep").glob("*.db")
-    assert database.name == "mine.db" and len(list(database.parent.glob("teacher-*.safetensors"))) == 1
+    assert database.name == "mine.db" and len(list(database.parent.glob("teacher-*"))) == 1
     report = searched(trials=8, minutes=0.5, name="again", study="mine")[-1]
     assert re.search(r"Study 'mine' .* [34] ran here", report) and (folder / "again.json").exists()
 
