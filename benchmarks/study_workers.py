@@ -87,6 +87,7 @@ class Bench:
         base = self.folder / f"{study}-{number}"
         (base / "custom_nodes").mkdir(parents=True)
         (base / "custom_nodes" / "quickstep").symlink_to(ROOT, target_is_directory=True)
+        (self.folder / f"user-{study}").mkdir(exist_ok=True)
         command = [sys.executable, "-m", "custom_nodes.quickstep.nodes.worker", "--storage", self.url, "--study", study]
         command += ["--workflow", str(self.file), "--comfyui", os.environ["COMFYUI_PATH"], "--"]
         command += ["--cpu", "--base-directory", str(base), "--disable-api-nodes"]

@@ -36,15 +36,19 @@ _DECIDE = {
 class SearchSolver(io.ComfyNode):
     """Searches a sampler for your model step by step: sigmas, order, data or noise prediction, derivatives, correctors.
 
-    For those who have time: Fit Solver mostly finds a better sampler in minutes, as it follows slopes. This search also decides
-    what has no slope, takes any loss, and several machines can share it. The result is a solver schedule (a USF table) for
-    this number of calls and guidance scale; the nodes Load Solver Table and USF use its file.
+    Try *Fit Solver* first: it follows slopes and needs fewer calls. This search also decides what has no slope, and several
+    machines can share it. The result is a solver schedule (a USF table) for this number of calls and guidance scale; the nodes
+    Load Solver Table and USF use its file.
 
     All usual samplers on all usual schedules are tried first. Then Optuna proposes: ``tpe``, Parzen estimators; ``predictor``,
     trees that learn to rank schedules and a genetic search on them (S^3); ``cma-es``, sigmas alone, about the best start;
     ``quasi-random``, Sobol points; ``nsga-ii``, error against calls, from ``fewest`` to ``steps``, one file for each number of
     calls. A trial that is clearly worse than the best after some samples is stopped (Wilcoxon's test). What is best is measured
     on other samples, on which the winner is chosen, and the sigmas of the winner are refined in the last quarter of the time.
+
+    On a mixture in 16 dimensions, 5 steps, 16 samples, 150 trials, the error went from 0.087 to 0.059 with tpe, 0.063 with
+    cma-es and 0.075 with predictor; quasi-random found nothing better. *Fit Solver* comes below a third there. One problem, one
+    seed: which search is best on your model is not known.
 
     Every finished trial is in the study: a SQLite file in ComfyUI's user/quickstep folder, or a PostgreSQL database. Run the
     node again with the same ``study`` to go on, also after a crash, which loses at most the trial that ran. Workers on other

@@ -245,6 +245,15 @@ def test_a_search_goes_on_with_the_trial_it_would_have_made(tmp_path):
     assert a == b and parts.ran == 2
 
 
+def test_two_workers_do_not_propose_the_same():
+    """Asked with the same history, for trials of different numbers."""
+    made = study()
+    made.join()
+    made.study.sampler = engine.Proposer("tpe", made.space, 0)
+    first, second = (engine.suggested(made.study.ask(), made.space) for _ in range(2))
+    assert first != second
+
+
 def test_stopped_in_the_middle_the_running_trial_is_tried_again(tmp_path):
     made, seen = study(tmp_path / "s.db", steps=2), []
 

@@ -58,8 +58,8 @@ class Space:
     ``USF``) and the ``corrector``; those with the prediction evaluated once more (implicit) only where calls are not fixed.
 
     All parameters always exist, those of steps that a schedule does not have are idle. ``fixed``: values that are not
-    searched; ``centre``: times about which to search. Whatever the values, a valid table comes out: an order is cut to what is
-    known by then.
+    searched; ``centre``: times about which to search. Whatever the values, a valid table comes out: no order is higher than
+    what is known by then allows.
     """
 
     process: ForwardProcess
@@ -111,7 +111,7 @@ class Space:
     def _row(self, given: Values, i: int, steps: int, t: float) -> Row:
         if i == steps:
             return Row(sigma=t)
-        order = min(int(given.get(f"order{i}", 1)), i)
+        order = int(given.get(f"order{i}", 1))
         prediction, variable = PREDICTIONS[given.get(f"prediction{i}", "data")]
         relax = given.get(f"relax{i}", "none") if order > 1 else "none"
         known = order - 1 + min(int(given.get(f"more{i}", 0)), i - order) if order > 1 else 0
