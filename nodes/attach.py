@@ -222,8 +222,8 @@ def on(model) -> tuple[Accelerator, ...]:
 
 
 def _in_order(model) -> None:
-    """Bring the wrappers into the order of ``composition.SITES`` behind the meter, all of them outside of other packs'."""
-    ours = [MEASURE, *map(key_of, sorted(on(model), key=lambda accelerator: rank(accelerator.site)))]
+    """Bring the wrappers into the order of ``composition.SITES``, then of names, behind the meter, outside of other packs'."""
+    ours = [MEASURE, *map(key_of, sorted(on(model), key=lambda accelerator: (rank(accelerator.site), accelerator.id)))]
     for kind, wrappers in model.wrappers.items():
         first = {key: wrappers[key] for key in ours if key in wrappers}
         model.wrappers[kind] = {**first, **{key: value for key, value in wrappers.items() if key not in first}}
