@@ -31,7 +31,7 @@ def searched(model=None, solver=None, steps=4, **options):
     model = model or models.gaussian("eps", std=0.7)
     given = dict(
         model=model, positive=CONDITION, negative=CONDITION, latent={"samples": models.latent(3)},
-        sampler=sampler(solver or UniPC()), sigmas=sigmas(model, steps), cfg=1.0, samples=3, minutes=0.05, seed=5, name="mine",
+        sampler=sampler(solver or UniPC()), sigmas=sigmas(model, steps), cfg=1.0, samples=3, minutes=10.0, seed=5, name="mine",
     )  # fmt: skip
     with torch.inference_mode():
         return SearchDCRatios.execute(**{**given, **options}).args
@@ -75,7 +75,7 @@ def test_what_cannot_be_searched_is_refused(folder):
 
 
 def test_a_cascade_of_several_searches(folder):
-    searched(minutes=0.05)
+    searched()
     found = load(folder / "mine.json", KIND)
     for steps in (4, 5):
         for cfg in (1.0, 2.0):

@@ -33,7 +33,7 @@ def places(tmp_path, monkeypatch, folder):
 def searched(model=None, **options):
     given = dict(
         model=model or models.gaussian("flow", std=0.7), positive=CONDITION, negative=CONDITION,
-        latent={"samples": models.latent(2)}, cfg=1.0, steps=3, samples=6, minutes=5.0, seed=5, name="mine", trials=20,
+        latent={"samples": models.latent(2)}, cfg=1.0, steps=3, samples=6, minutes=10.0, seed=5, name="mine", trials=20,
     )  # fmt: skip
     with torch.inference_mode():
         return SearchSolver.execute(**{**given, **options}).args
@@ -60,17 +60,17 @@ def test_a_solver_is_found_kept_and_used(folder, kind):
 
 
 def test_the_next_run_goes_on_with_the_study(folder, places):
-    searched(trials=4, minutes=0.5)
+    searched(trials=4, minutes=10.0)
     (database,) = (places / "user" / "quickstep").glob("*.db")
     assert database.name == "mine.db" and len(list(database.parent.glob("teacher-*"))) == 1
-    report = searched(trials=8, minutes=0.5, name="again", study="mine")[-1]
+    report = searched(trials=8, minutes=10.0, name="again", study="mine")[-1]
     assert re.search(r"Study 'mine' .* [34] ran here", report) and (folder / "again.json").exists()
 
 
 def test_a_worker_runs_trials_and_writes_no_file(folder):
-    searched(trials=2, minutes=0.5)
+    searched(trials=2, minutes=10.0)
     (folder / "mine.json").unlink()
-    report = searched(trials=5, role="worker", minutes=0.5)[-1]
+    report = searched(trials=5, role="worker", minutes=10.0)[-1]
     assert re.search(r" [23] ran here", report) and list(folder.iterdir()) == []
     with pytest.raises(ValueError, match=r"of another search: its cfg is 1\.0, and here it is 2\.0"):
         searched(role="worker", cfg=2.0)
