@@ -59,6 +59,14 @@ MODEL = [
         tooltip="A latent of the size to be sampled. Its batch size is how many samples run at once: as many as fit in memory.",
     ),
 ]
+SEED = io.Int.Input(
+    "seed",
+    default=0,
+    min=0,
+    max=0xFFFFFFFF,
+    control_after_generate=io.ControlAfterGenerate.fixed,
+    tooltip="First of the seeds; the others follow it.",
+)
 BUDGET = [
     io.Float.Input(
         "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale: what is found is for this one."
@@ -82,14 +90,7 @@ BUDGET = [
         step=0.5,
         tooltip="Stops after about this time with the best found so far. Stop earlier with ComfyUI's own button: the file is kept.",
     ),
-    io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFF,
-        control_after_generate=io.ControlAfterGenerate.fixed,
-        tooltip="First of the seeds; the others follow it.",
-    ),
+    SEED,
     io.String.Input("name", default="my_calibration", tooltip="Name of the file in models/quickstep, without ending."),
     io.Combo.Input(
         "loss",

@@ -11,13 +11,12 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
+from ..solvers.artifact import Artifact, save
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.search import Search
 from ..solvers.process import ForwardProcess
 from . import artifacts, plot
 from .calibration_samples import Samples
-from .fingerprint import fingerprint
 
 SCHEDULE = "schedule"
 """Kind of artifacts whose table has ``sigmas``."""
@@ -107,16 +106,10 @@ class Pursuit:
             "select_before": min((t.select for t in search.trials if t.label == search.base_label), default=None),
             "select_after": min(trial.select for trial in search.trials),
         } | search.extra()
-        found_for = FoundFor(
-            model=fingerprint(self.samples.model),
-            process=process_name(search.process),
+        found_for = self.samples.found_for(
             solver=self.solver,
             settings=self.settings,
             steps=len(plan.times) - 1,
-            cfg=self.samples.cfg,
-            shape=self.samples.shape,
-            seed=self.samples.seed,
-            created=now(),
             loss_before=None if search.before is None else float(search.before.mean()),
             loss_after=None if search.after is None else float(search.after.mean()),
         )

@@ -10,8 +10,10 @@ import comfy.sample
 import comfy.samplers
 import torch
 
+from ..solvers.artifact import FoundFor, now, process_name
 from ..solvers.calibration.cohort import Batch, Cohort, Visit
 from .bridge import empty_as_model_wants, process_of, visitor
+from .fingerprint import fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,13 @@ class Samples:
     def shape(self) -> tuple[int, ...]:
         """Of one latent."""
         return tuple(self.latent["samples"].shape[1:])
+
+    def found_for(self, **more) -> FoundFor:
+        """The provenance of what was found on these samples."""
+        return FoundFor(
+            model=fingerprint(self.model), process=process_name(process_of(self.model)), cfg=self.cfg, shape=self.shape,
+            seed=self.seed, created=now(), **more,
+        )  # fmt: skip
 
     def numbered(self, rows: range) -> list[tuple[list[int], Batch]]:
         """Batches of these samples, and which are in each: as many as the latent has; of one prompt, unless prompts can stand

@@ -60,7 +60,6 @@ WORDS = {
 """What a file is, by its kind, and which node takes it."""
 
 CURVES = {
-    ems.KIND: ("lam", ("l", "s", "b"), "lambda = log(alpha / sigma)"),
     score_mean.KIND: ("lam", ("eta",), "lambda = log(alpha / sigma)"),
     exposure.KIND: ("lambda", ("factor",), "lambda = log(alpha / sigma)"),
     gaussian.KIND: ("jump_sigma", ("jump_error",), "sigma to which is jumped"),
@@ -106,6 +105,8 @@ def drawing(found: Artifact):
     """Sigmas, weights, or whatever numbers the file has."""
     if found.kind == fitted.KIND:
         return _weights(found)
+    if found.kind == ems.KIND:
+        return statistics_curve(ModelStatistics.of(found))
     if times := found.table.get("sigmas"):
         curves = [("sigmas", range(len(times)), times)]
         proposed = found.table.get("proposed")
@@ -120,6 +121,16 @@ def drawing(found: Artifact):
     return plot.line_plot([("nothing to draw", [0, 1], [0, 0])], found.kind, "", "")
 
 
+def statistics_curve(statistics: ModelStatistics):
+    """The statistics against lambda, averaged over elements."""
+    lam = statistics.lam.tolist()
+    series = [
+        (name, lam, value.flatten(1).mean(1).tolist() if value.ndim > 1 else value.tolist())
+        for name, value in (("l", statistics.l), ("s", statistics.s), ("b", statistics.b))
+    ]
+    return plot.line_plot(series, "Model statistics", "lambda = log(alpha / sigma)", "mean over elements")
+
+
 def _weights(found: Artifact):
     FittedSolver(found)  # refuses damaged ones
     rows = found.table["weights"]
@@ -132,8 +143,6 @@ def _weights(found: Artifact):
 
 
 def _curves(found: Artifact, along: str, names: tuple[str, ...], title: str):
-    if found.kind == ems.KIND:
-        ModelStatistics.of(found)  # refuses damaged ones
     numbers = {**found.table, **{name: _sizes(value) for name, value in found.tensors.items()}}
     missing = [name for name in (along, *names) if name not in numbers]
     if missing:

@@ -14,18 +14,17 @@ from ..solvers.ems_estimate import CALLS, estimate
 from ..solvers.exponential import DPMSolverPP
 from . import artifacts, plot
 from .bridge import process_of, sampler
-from .calibration import MODEL, MORE, prepared
+from .calibration import MODEL, MORE, SEED, prepared
 from .calibration_found import CATEGORY
+from .calibration_shown import statistics_curve
 from .calibration_statistics_run import (
     CFG,
     NAME,
     PICTURES,
-    SEED,
     STEPS,
     Course,
     contest,
     contest_calls,
-    found_for,
     gathered,
     kept,
     own_samples,
@@ -57,7 +56,7 @@ class EstimateStatistics(io.ComfyNode):
     1200 levels, days of work for a large model; below some hundred samples it is no better than economy.
 
     For about this guidance scale; other prompts, seeds, steps and schedules are served as well. On a mixture of 12 Gaussians,
-    economy with 9 000 calls cuts the root mean square error of DPM-Solver++ 2M by a third at 5, 8 and 10 steps and by half at 20;
+    economy with 9 000 calls cuts the root mean square error of DPM-Solver++ 2M by a third at 5, 8, 10 and 20 steps;
     most of that is that fewer samples end elsewhere, and the median sample is hardly better. A fitted solver (*Fit Solver*) gains
     more for one number of steps. ``report`` compares on your model, each
     sampler on its best of three usual schedules, and the gain may be none.
@@ -130,17 +129,17 @@ class EstimateStatistics(io.ComfyNode):
         taker = "Estimate Model Statistics"
         artifacts.free_path(name, ".safetensors", taker)
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, taker)
-        process, count = process_of(model), own_samples(given, samples, pictures)
-        batches = len(given.numbered(range(count)))
+        process, count = process_of(model), own_samples(samples, pictures)
+        numbered = given.numbered(range(count))
         _, _, aside = given.split(min(count, 32))
         course = Course(
-            batches * (levels * CALLS + (0 if pictures else STEPS)) + len(aside.batches) * contest_calls(steps, 2)
+            len(numbered) * (levels * CALLS + (0 if pictures else STEPS)) + len(aside.batches) * contest_calls(steps, 2)
         )
-        parts = gathered(given, samples, pictures, course, taker)
+        parts = gathered(given, numbered, pictures, course, taker)
         measured = course.run(_estimated(parts, process, levels, KINDS[statistics], seed, delta), CALLS)
         found = DPMSolverV3(statistics=measured)
         before, after = contest(aside, process, steps, (DPMSolverPP(), found), course)
-        provenance = found_for(given, loss_before=float(before.mean()), loss_after=float(after.mean()))
+        provenance = given.found_for(loss_before=float(before.mean()), loss_after=float(after.mean()))
         table = {"statistics": statistics, "samples": count, "levels": levels, "network": type(model.model).__name__}
         file, artifact = kept(name, taker, Artifact(ems.KIND, table, measured.tensors(), provenance))
         text = (
@@ -155,7 +154,7 @@ class EstimateStatistics(io.ComfyNode):
         )
         show_text(cls, text)
         solver = DPMSolverV3(statistics=ModelStatistics.of(artifact))
-        return io.NodeOutput(sampler(solver), plot.to_image(curve(measured)), text)
+        return io.NodeOutput(sampler(solver), plot.to_image(statistics_curve(measured)), text)
 
 
 def _estimated(parts, process, count: int, kind, seed: int, delta: float) -> Running:
@@ -166,13 +165,3 @@ def _estimated(parts, process, count: int, kind, seed: int, delta: float) -> Run
             yield
         last = progress
     return last.statistics
-
-
-def curve(statistics: ModelStatistics):
-    """The statistics against lambda, averaged over elements."""
-    lam = statistics.lam.tolist()
-    series = [
-        (name, lam, value.flatten(1).mean(1).tolist() if value.ndim > 1 else value.tolist())
-        for name, value in (("l", statistics.l), ("s", statistics.s), ("b", statistics.b))
-    ]
-    return plot.line_plot(series, "Model statistics", "lambda = log(alpha / sigma)", "mean over elements")

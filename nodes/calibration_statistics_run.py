@@ -12,8 +12,8 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
-from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
-from ..solvers.calibration.cohort import Cohort, Running
+from ..solvers.artifact import Artifact, save
+from ..solvers.calibration.cohort import Batch, Cohort, Running
 from ..solvers.calibration.families import Plan
 from ..solvers.calibration.statistics import TEACHER, Part, compared, drawn
 from ..solvers.process import ForwardProcess
@@ -22,21 +22,12 @@ from ..solvers.solver import Solver
 from . import artifacts
 from .bridge import latent_in, process_of
 from .calibration_samples import Samples
-from .fingerprint import fingerprint
 
 STEPS = 20
 """Of the runs that make clean samples where no pictures are given."""
 
 CFG = io.Float.Input(
     "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale: what is measured is for this one."
-)
-SEED = io.Int.Input(
-    "seed",
-    default=0,
-    min=0,
-    max=0xFFFFFFFF,
-    control_after_generate=io.ControlAfterGenerate.fixed,
-    tooltip="First of the seeds; the others follow it.",
 )
 NAME = io.String.Input("name", default="my_statistics", tooltip="Name of the file in models/quickstep, without ending.")
 PICTURES = io.Latent.Input(
@@ -74,17 +65,18 @@ class Course:
             self.bar.update_absolute(min(self.done, self.total))
 
 
-def own_samples(given: Samples, count: int, pictures: dict | None) -> int:
+def own_samples(count: int, pictures: dict | None) -> int:
     """How many samples there are to be, pictures or made ones."""
     return count if pictures is None else min(count, len(pictures["samples"]))
 
 
-def gathered(given: Samples, count: int, pictures: dict | None, course: Course, taker: str) -> list[Part]:
-    """Clean samples beside the batches that know their prompts: pictures if there are some, else made in ``STEPS`` steps."""
-    process = process_of(given.model)
-    numbered = given.numbered(range(own_samples(given, count, pictures)))
+def gathered(
+    given: Samples, numbered: list[tuple[list[int], Batch]], pictures: dict | None, course: Course, taker: str
+) -> list[Part]:
+    """Clean samples beside the batches ``given.numbered`` that know their prompts: pictures if there are some, else made in
+    ``STEPS`` steps."""
     if pictures is None:
-        return course.run(drawn([batch for _, batch in numbered], process, STEPS), STEPS)
+        return course.run(drawn([batch for _, batch in numbered], process_of(given.model), STEPS), STEPS)
     x0 = latent_in(given.model, pictures).cpu().float()
     if tuple(x0.shape[1:]) != given.shape:
         raise ValueError(
@@ -92,14 +84,6 @@ def gathered(given: Samples, count: int, pictures: dict | None, course: Course, 
             "same size."
         )
     return [Part(batch, x0[rows]) for rows, batch in numbered]
-
-
-def found_for(given: Samples, **more) -> FoundFor:
-    """The provenance of what was measured on these samples."""
-    return FoundFor(
-        model=fingerprint(given.model), process=process_name(process_of(given.model)), cfg=given.cfg, shape=given.shape,
-        seed=given.seed, created=now(), **more,
-    )  # fmt: skip
 
 
 def kept(name: str, taker: str, artifact: Artifact) -> tuple[str, Artifact]:

@@ -14,14 +14,12 @@ from ..solvers.calibration.statistics import TEACHER
 from ..solvers.calibration.statistics import levels as spread
 from . import artifacts, plot
 from .bridge import distinct, process_of, solver_in, transformed
-from .calibration import MODEL, MORE, prepared, whole
+from .calibration import MODEL, MORE, SEED, prepared, whole
 from .calibration_found import CATEGORY
 from .calibration_statistics_run import (
     CFG,
     NAME,
-    SEED,
     Course,
-    found_for,
     gathered,
     kept,
     own_samples,
@@ -99,14 +97,15 @@ class FindScoreMean(io.ComfyNode):
         taker = "Find Score Mean"
         artifacts.free_path(name, ".safetensors", taker)
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, taker)
-        process, count = process_of(model), own_samples(given, samples, pictures)
-        course = Course(levels * len(given.numbered(range(count))))
-        parts = gathered(given, samples, pictures, course, taker)
+        process, count = process_of(model), own_samples(samples, pictures)
+        numbered = given.numbered(range(count))
+        course = Course(levels * len(numbered))
+        parts = gathered(given, numbered, pictures, course, taker)
         lam = spread(process, levels)
         eta = course.run(measure(parts, process, lam, statistics, seed), 1)
         table = {"statistics": statistics, "samples": count, "levels": levels, "network": type(model.model).__name__}
         tensors = {"lam": torch.tensor(lam, dtype=torch.float64), "eta": eta}
-        file, _ = kept(name, taker, Artifact(score_mean.KIND, table, tensors, found_for(given)))
+        file, _ = kept(name, taker, Artifact(score_mean.KIND, table, tensors, given.found_for()))
         size = eta.flatten(1).square().mean(1).sqrt()
         told = int((size > 0.0).sum())
         text = (
@@ -180,8 +179,8 @@ class MeasureEpsilonScaling(io.ComfyNode):
         visits = sum(n * len(c.batches) for n, c in zip((12 + 2 * exposure.ROUNDS, 6, 3), cohorts, strict=True))
         course = Course(visits)
         choice: Choice = course.run(exposure.search(*cohorts, process, plan, TEACHER), 1)
-        provenance = found_for(
-            given, solver=solver.id, settings=settings_of(solver), steps=steps,
+        provenance = given.found_for(
+            solver=solver.id, settings=settings_of(solver), steps=steps,
             loss_before=float(choice.before.mean()), loss_after=float(choice.after.mean()),
         )  # fmt: skip
         table = {**choice.scaling.calibration.table, "tried": choice.tried, "network": type(model.model).__name__}

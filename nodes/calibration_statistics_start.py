@@ -17,16 +17,14 @@ from ..solvers.process import ForwardProcess
 from ..solvers.solver import check_times
 from . import artifacts, plot
 from .bridge import distinct, empty_as_model_wants, process_of
-from .calibration import MODEL, MORE, prepared
+from .calibration import MODEL, MORE, SEED, prepared
 from .calibration_found import CATEGORY
 from .calibration_statistics_run import (
     CFG,
     NAME,
     PICTURES,
-    SEED,
     STEPS,
     Course,
-    found_for,
     gathered,
     kept,
     own_samples,
@@ -108,11 +106,12 @@ class MeasureGaussian(io.ComfyNode):
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, taker)
         if len(given.shape) < 2:
             raise ValueError(f"{taker}: a latent of shape {given.shape} has no dimensions besides its channels.")
-        process, count = process_of(model), own_samples(given, samples, pictures)
+        process, count = process_of(model), own_samples(samples, pictures)
         _, _, aside = given.split(min(count, 32))
-        made = 0 if pictures else STEPS * len(given.numbered(range(count)))
+        numbered = given.numbered(range(count))
+        made = 0 if pictures else STEPS * len(numbered)
         course = Course(made + TEACHER * len(aside.batches))
-        parts = gathered(given, samples, pictures, course, taker)
+        parts = gathered(given, numbered, pictures, course, taker)
         statistics = GaussianStatistics.measured(torch.cat([part.x0 for part in parts]), frequencies, rank)
         times, errors = course.run(jumps(aside, process, statistics), TEACHER)
         sigma = next((t for t, e in reversed(list(zip(times, errors, strict=True))) if e <= GOOD), None)
@@ -120,7 +119,7 @@ class MeasureGaussian(io.ComfyNode):
             "jump_error": errors, "jump_sigma": times, "samples": count, "rank": len(statistics.eig),
             "network": type(model.model).__name__,
         }  # fmt: skip
-        file, _ = kept(name, taker, Artifact(KIND, table, statistics.tensors(), found_for(given)))
+        file, _ = kept(name, taker, Artifact(KIND, table, statistics.tensors(), given.found_for()))
         shown = range(0, len(times), max(len(times) // 12, 1))
         text = (
             f"Saved as {file}: {count} samples, {statistics.mean[0].size} frequencies, rank {len(statistics.eig)}.\n"

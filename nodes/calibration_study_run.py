@@ -9,14 +9,13 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 
-from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
+from ..solvers.artifact import Artifact, save
 from ..solvers.calibration.engine import FRONT
 from ..solvers.calibration.study import Point, Study
 from ..solvers.usf import USF
 from ..solvers.usf_table import KIND
 from . import artifacts, plot
 from .calibration_samples import Samples
-from .fingerprint import fingerprint
 
 _PREVIEW, _SAVE = 2.0, 30.0
 
@@ -85,15 +84,9 @@ class Watch:
 
     def artifact(self, point: Point) -> Artifact:
         study, measured = self.study, point.table == self.study.best
-        found_for = FoundFor(
-            model=fingerprint(self.samples.model),
-            process=process_name(study.space.process),
+        found_for = self.samples.found_for(
             solver=USF.id,
             steps=len(point.table.steps),
-            cfg=self.samples.cfg,
-            shape=self.samples.shape,
-            seed=self.samples.seed,
-            created=now(),
             loss_before=float(study.before.mean()) if measured and study.before is not None else None,
             loss_after=float(study.after.mean()) if measured and study.after is not None else None,
         )

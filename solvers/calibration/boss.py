@@ -11,7 +11,7 @@ from ..method import param
 from ..process import ForwardProcess
 from .cohort import Cohort
 from .gits import LEVELS, chosen_times, distances
-from .grams import spread, trajectories
+from .grams import grid, trajectories
 from .paths import packed
 from .proposal import Measured, Measuring, Proposal
 from .teacher import Trajectories
@@ -51,8 +51,7 @@ class BOSS(Proposal):
 
     def measure(self, cohort: Cohort, process: ForwardProcess, teacher: Trajectories | None, steps: int) -> Measuring:
         assert teacher is not None
-        chosen = spread(teacher, self.levels)
-        times = [*(teacher.plan.times[i] for i in chosen), 0.0]
+        chosen, times = grid(teacher, self.levels)
         weight = np.array([(process.alpha(t) / (process.alpha(t) + process.sigma(t))) ** 2 for t in times])
         cost, count = np.zeros((len(chosen), len(times))), 0
         for G in trajectories(cohort, teacher, chosen):

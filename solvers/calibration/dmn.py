@@ -11,14 +11,12 @@ from scipy.optimize import minimize
 
 from ..method import param
 from ..process import ForwardProcess
-from .cohort import Cohort
 from .curve import Curve
-from .proposal import Measured, Measuring, Proposal
-from .teacher import Trajectories
+from .proposal import Computed, Measured
 
 
 @dataclass(frozen=True)
-class DMN(Proposal):
+class DMN(Computed):
     """Computes sigmas from the sampler's own weights, without any network call: those with which errors of the predictions add up
     least. Seconds; the same for all models with the same range of sigmas.
 
@@ -72,17 +70,6 @@ class DMN(Proposal):
         step=0.001,
         advanced=True,
     )
-
-    @property
-    def levels(self) -> int:
-        return 0
-
-    @property
-    def most(self) -> int:
-        return 60
-
-    def measure(self, cohort: Cohort, process: ForwardProcess, teacher: Trajectories | None, steps: int) -> Measuring:
-        yield {}
 
     def times(self, measured: Measured, process: ForwardProcess, steps: int, order: int) -> list[float]:
         curve = Curve(process, process.t_max, process.t_min, steps)

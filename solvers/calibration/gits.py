@@ -10,7 +10,7 @@ import numpy as np
 from ..method import param
 from ..process import ForwardProcess
 from .cohort import Cohort
-from .grams import jumps, spread, trajectories
+from .grams import grid, jumps, trajectories
 from .paths import cheapest, packed, unpacked
 from .proposal import Measured, Measuring, Proposal
 from .teacher import Trajectories
@@ -76,8 +76,7 @@ class GITS(Proposal):
 
     def measure(self, cohort: Cohort, process: ForwardProcess, teacher: Trajectories | None, steps: int) -> Measuring:
         assert teacher is not None
-        chosen = spread(teacher, self.levels)
-        times = [*(teacher.plan.times[i] for i in chosen), 0.0]
+        chosen, times = grid(teacher, self.levels)
         N, count, bend = len(chosen), 0, 0.0
         costs = {metric: np.zeros((N, N + 1)) for metric in ("dev", "l2")}
         for G in trajectories(cohort, teacher, chosen):

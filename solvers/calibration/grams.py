@@ -29,6 +29,12 @@ def spread(teacher: Trajectories, count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, total - 1, min(count, total))})
 
 
+def grid(teacher: Trajectories, count: int) -> tuple[list[int], list[float]]:
+    """``spread``, and the times of those steps with the end, 0."""
+    chosen = spread(teacher, count)
+    return chosen, [*(teacher.plan.times[i] for i in chosen), 0.0]
+
+
 def trajectories(cohort: Cohort, teacher: Trajectories, steps: Sequence[int]) -> Iterator[np.ndarray]:
     """For each sample ``gram`` of [x at these steps, the end, D at these steps], (2N + 1, 2N + 1)."""
     at = 0

@@ -10,11 +10,9 @@ from scipy.optimize import minimize
 
 from ..method import param
 from ..process import ForwardProcess
-from .cohort import Cohort
 from .curve import Curve
 from .dmn import errors
-from .proposal import Measured, Measuring, Proposal
-from .teacher import Trajectories
+from .proposal import Computed, Measured
 
 ENDS = np.linspace(0.01, 0.03, 21)
 """Training times at which the last level may be."""
@@ -24,7 +22,7 @@ PENALTY, LOOSE, TIGHT = 1e9, (4, 0.15), (20, 0.01)
 
 
 @dataclass(frozen=True)
-class HSO(Proposal):
+class HSO(Computed):
     """Hierarchical schedule optimization: computes sigmas in a second, without any network call, for whatever sampler, and keeps
     them apart in training time. For about 5 steps. The same for all models with the same range of sigmas.
 
@@ -65,17 +63,6 @@ class HSO(Proposal):
         max=2.0,
         step=0.05,
     )
-
-    @property
-    def levels(self) -> int:
-        return 0
-
-    @property
-    def most(self) -> int:
-        return 60
-
-    def measure(self, cohort: Cohort, process: ForwardProcess, teacher: Trajectories | None, steps: int) -> Measuring:
-        yield {}
 
     def times(self, measured: Measured, process: ForwardProcess, steps: int, order: int) -> list[float]:
         curve = Curve(process, process.t_max, process.t_min, steps)

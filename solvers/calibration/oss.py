@@ -15,7 +15,7 @@ from ..process import ForwardProcess
 from ..solver import Problem
 from .cohort import Batch, Cohort
 from .curve import Curve
-from .grams import gram, jumps, spread
+from .grams import gram, grid, jumps
 from .proposal import Measured, Measuring, Proposal
 from .teacher import Trajectories
 
@@ -62,8 +62,7 @@ class OptimalSteps(Proposal):
 
     def measure(self, cohort: Cohort, process: ForwardProcess, teacher: Trajectories | None, steps: int) -> Measuring:
         assert teacher is not None
-        chosen = spread(teacher, self.levels)
-        times = [*(teacher.plan.times[i] for i in chosen), 0.0]
+        chosen, times = grid(teacher, self.levels)
         ways: list[list[list[int]]] = []
         for batch, ends in zip(cohort.batches, cohort.targets, strict=True):
             if len(ways) >= self.images:

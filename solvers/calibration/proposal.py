@@ -69,6 +69,22 @@ class Proposal(Method):
         """
 
 
+@dataclass(frozen=True)
+class Computed(Proposal):
+    """Abstract: a proposal that needs no network, only the model's range of noise."""
+
+    @property
+    def levels(self) -> int:
+        return 0
+
+    @property
+    def most(self) -> int:
+        return 60
+
+    def measure(self, cohort: Cohort, process: ForwardProcess, teacher: Trajectories | None, steps: int) -> Measuring:
+        yield {}
+
+
 def blended(process: ForwardProcess, begin: Sequence[float], end: Sequence[float], share: float) -> list[float]:
     """Some share of the way from one schedule to another of as many steps, in log noise-to-signal."""
     curve = curve_of(process, Plan(FittedSolver(), list(begin)))

@@ -38,7 +38,7 @@ def test_every_file_that_a_node_takes_has_words():
     assert taken and taken <= shown.WORDS.keys()
 
 
-@pytest.mark.parametrize("kind", shown.CURVES)
+@pytest.mark.parametrize("kind", MADE)
 def test_statistics_are_drawn(kind):
     found = MADE[kind]
     drawn = shown.drawing(found)
