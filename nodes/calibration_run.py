@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 
 from ..solvers.artifact import Artifact, save
@@ -17,11 +14,10 @@ from ..solvers.calibration.search import Search
 from ..solvers.process import ForwardProcess
 from . import artifacts, plot
 from .calibration_samples import Samples
+from .live import Live
 
 SCHEDULE = "schedule"
 """Kind of artifacts whose table has ``sigmas``."""
-
-_PREVIEW, _SAVE = 2.0, 30.0
 
 
 @dataclass
@@ -38,18 +34,14 @@ class Pursuit:
     solver: str
     settings: dict[str, Any]
     path: str
-    began: float = field(default_factory=time.monotonic)
-    seen: float = 0.0
-    saved: float = 0.0
-    bar: Any = field(default_factory=lambda: comfy.utils.ProgressBar(1000))
+    live: Live = field(default_factory=Live)
 
     def __post_init__(self):
-        self.saved = self.began
         self.search.left = self.left
 
     def left(self) -> float:
         """Share of the time that is left, when that for the report is put aside."""
-        used, search = time.monotonic() - self.began, self.search
+        used, search = self.live.seconds, self.search
         report = search.report.size * (search.teacher_steps + 2 * len(next(iter(search.starts.values())).times))
         reserved = used * report / max(search.calls, 1) if search.stage in ("starts", "search") else 0.0
         return 1.0 - (used + reserved) / (60.0 * self.minutes)
@@ -62,7 +54,7 @@ class Pursuit:
         finally:
             self.search.release()
             self.save()
-        self.bar.update_absolute(1000)
+        self.live.end()
 
     def _visits(self):
         run = self.search.run()
@@ -75,22 +67,13 @@ class Pursuit:
         yield from self.search.close()
 
     def _show(self) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        now = time.monotonic()
         value = min(999, int(1000 * (1.0 - self.left())))
-        if now - self.seen < _PREVIEW or not self.search.trials:
-            self.bar.update_absolute(value)
-            return
-        self.seen = now
-        self.bar.update_absolute(value, preview=("JPEG", curve(self.search), 640))
-        if now - self.saved > _SAVE:
-            self.save()
+        self.live.tick(value, (lambda: curve(self.search)) if self.search.trials else None, self.save)
 
     def save(self) -> None:
         """The best so far, whole or not at all; nothing before there is one."""
         if self.search.best is None:
             return
-        self.saved = time.monotonic()
         save(self.path, self.artifact(), overwrite=True)
 
     def artifact(self) -> Artifact:
@@ -138,7 +121,7 @@ class Pursuit:
                 )
         lines.append(
             f"Teacher: {search.teacher_steps} steps, error {search.teacher_error:.4f}. Network calls, counted for each "
-            f"sample: {search.calls}. {time.monotonic() - self.began:.0f} s."
+            f"sample: {search.calls}. {self.live.seconds:.0f} s."
         )
         lines.append(
             f"For {self.samples.cfg:g} CFG and latents of shape {self.samples.shape}; for others, calibrate again."

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from typing import Any
-
-import comfy.model_management
-import comfy.utils
 
 from ..solvers.artifact import Artifact, save
 from ..solvers.calibration.engine import FRONT
@@ -16,8 +11,7 @@ from ..solvers.usf import USF
 from ..solvers.usf_table import KIND
 from . import artifacts, plot
 from .calibration_samples import Samples
-
-_PREVIEW, _SAVE = 2.0, 30.0
+from .live import Live
 
 
 class Watch:
@@ -30,9 +24,7 @@ class Watch:
         self.study, self.samples, self.minutes, self.name = study, samples, minutes, name
         self.paths: dict[int, str] = {}
         self.path("")  # refuses bad names
-        self.began = self.saved = time.monotonic()
-        self.seen = 0.0
-        self.bar: Any = comfy.utils.ProgressBar(1000)
+        self.live = Live()
         study.tick, study.left = self.tick, self.left
 
     def path(self, end: str) -> str:
@@ -40,7 +32,7 @@ class Watch:
 
     def left(self) -> float:
         """Share of the time that is left, when that for the report is put aside."""
-        used, study = time.monotonic() - self.began, self.study
+        used, study = self.live.seconds, self.study
         report = study.report.size * (study.teacher.get("steps", 0) + 2 * study.space.most)
         reserved = used * report / max(study.calls, 1) if study.lead and study.stage == "search" else 0.0
         return 1.0 - (used + reserved) / (60.0 * self.minutes)
@@ -51,25 +43,18 @@ class Watch:
             self.study.run()
         finally:
             self.save()
-        self.bar.update_absolute(1000)
+        self.live.end()
 
     def tick(self) -> None:
         """After each visit of the network; raises when the user stops."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        now = time.monotonic()
-        if now - self.seen < _PREVIEW:
-            return
-        self.seen = now
         value = min(999, max(0, int(1000 * (1.0 - self.left()))))
-        shown = self.study.lead and bool(self.study.finished())
-        preview = ("JPEG", picture(self.study), 640) if shown else None
-        self.bar.update_absolute(value, preview=preview)
-        if now - self.saved > _SAVE:
-            self.save()
+        self.live.tick(value, self._drawn, self.save)
+
+    def _drawn(self):
+        return picture(self.study) if self.study.lead and self.study.finished() else None
 
     def save(self) -> None:
         """The best so far, whole or not at all; nothing before there is one."""
-        self.saved = time.monotonic()
         if not self.study.lead or self.study.study is None:
             return
         for point in self.found():
@@ -101,7 +86,7 @@ class Watch:
         lines = [f"Saved as {', '.join(map(os.path.basename, self.paths.values()))}."] if self.paths else []
         lines.append(
             f"Study {study.name!r} in {where}: {len(study.finished())} trials finished, {pruned} stopped early; {study.ran} ran "
-            f"here, in {time.monotonic() - self.began:.0f} s, with {study.calls} network calls, counted for each sample."
+            f"here, in {self.live.seconds:.0f} s, with {study.calls} network calls, counted for each sample."
         )
         base = study.base_trial()
         if study.before is not None and study.after is not None and base is not None:
