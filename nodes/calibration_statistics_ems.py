@@ -6,7 +6,6 @@ from comfy_api.latest import io
 
 from ..solvers import ems
 from ..solvers.artifact import Artifact
-from ..solvers.calibration.cohort import Running
 from ..solvers.calibration.statistics import levels as spread
 from ..solvers.dpm_solver_v3 import DPMSolverV3
 from ..solvers.ems import ModelStatistics
@@ -136,7 +135,8 @@ class EstimateStatistics(io.ComfyNode):
             len(numbered) * (levels * CALLS + (0 if pictures else STEPS)) + len(aside.batches) * contest_calls(steps, 2)
         )
         parts = gathered(given, numbered, pictures, course, taker)
-        measured = course.run(_estimated(parts, process, levels, KINDS[statistics], seed, delta), CALLS)
+        estimated = _estimated(parts, process, levels, KINDS[statistics], seed, delta)
+        measured = course.run(estimated, CALLS, lambda so_far: statistics_curve(so_far()))
         found = DPMSolverV3(statistics=measured)
         before, after = contest(aside, process, steps, (DPMSolverPP(), found), course)
         provenance = given.found_for(loss_before=float(before.mean()), loss_after=float(after.mean()))
@@ -157,11 +157,11 @@ class EstimateStatistics(io.ComfyNode):
         return io.NodeOutput(sampler(solver), plot.to_image(statistics_curve(measured)), text)
 
 
-def _estimated(parts, process, count: int, kind, seed: int, delta: float) -> Running:
-    """The statistics, yielding after every visit."""
+def _estimated(parts, process, count: int, kind, seed: int, delta: float):
+    """The statistics; after every visit yields what computes those so far."""
     last = None
     for progress in estimate(parts, process, spread(process, count, 2 * delta), *kind[:2], seed=seed, delta=delta):
         if progress.statistics is None:
-            yield
+            yield progress.so_far
         last = progress
     return last.statistics

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from ..solvers.artifact import Artifact, save
-from ..solvers.calibration.cohort import Batch, Cohort, Running
+from ..solvers.calibration.cohort import Batch, Cohort
 from ..solvers.calibration.families import Plan
 from ..solvers.calibration.statistics import TEACHER, Part, compared, drawn
 from ..solvers.process import ForwardProcess
@@ -22,6 +22,7 @@ from ..solvers.solver import Solver
 from . import artifacts
 from .bridge import latent_in, process_of
 from .calibration_samples import Samples
+from .live import Live
 
 STEPS = 20
 """Of the runs that make clean samples where no pictures are given."""
@@ -43,26 +44,32 @@ def samples_input(default: int, tooltip: str) -> io.Int.Input:
 
 @dataclass
 class Course:
-    """Runs what yields after every visit of the network, with a progress bar of so many network calls, until the user stops it."""
+    """Runs what yields after every visit of the network, with a progress bar of so many network calls and a picture of what is
+    measured so far, until the user stops it."""
 
     total: int
     done: int = 0
-    bar: Any = field(init=False)
+    live: Live = field(init=False)
 
     def __post_init__(self):
-        self.bar = comfy.utils.ProgressBar(self.total)
-        self.bar.update_absolute(0)
+        self.live = Live(self.total)
+        self.live.tick(0)
 
-    def run(self, running: Running, each: int) -> Any:
-        """What it returns; a visit is ``each`` calls."""
+    def run(
+        self,
+        running: Generator[Any, None, Any],
+        each: int,
+        drawn: Callable[[Any], Image.Image | None] | None = None,
+    ) -> Any:
+        """What it returns; a visit is ``each`` calls. drawn: a picture of what it yields, if that is not None."""
         while True:
-            comfy.model_management.throw_exception_if_processing_interrupted()
             try:
-                next(running)
+                so_far = next(running)
             except StopIteration as end:
                 return end.value
             self.done += each
-            self.bar.update_absolute(min(self.done, self.total))
+            shown = None if drawn is None or so_far is None else partial(drawn, so_far)
+            self.live.tick(min(self.done, self.total), shown)
 
 
 def own_samples(count: int, pictures: dict | None) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from comfy_api.latest import io
 
 from ..solvers.artifact import Artifact, settings_of
 from ..solvers.calibration import exposure, score_mean
-from ..solvers.calibration.exposure import Choice, FoundEpsilonScaling
+from ..solvers.calibration.exposure import Choice, FoundEpsilonScaling, Norms
 from ..solvers.calibration.families import Plan
 from ..solvers.calibration.score_mean import ScoreMean, measure
 from ..solvers.calibration.statistics import TEACHER
 from ..solvers.calibration.statistics import levels as spread
+from ..solvers.process import ForwardProcess
 from . import artifacts, plot
 from .bridge import distinct, process_of, solver_in, transformed
 from .calibration import MODEL, MORE, SEED, prepared, whole
@@ -102,19 +105,29 @@ class FindScoreMean(io.ComfyNode):
         course = Course(levels * len(numbered))
         parts = gathered(given, numbered, pictures, course, taker)
         lam = spread(process, levels)
-        eta = course.run(measure(parts, process, lam, statistics, seed), 1)
+        eta = course.run(measure(parts, process, lam, statistics, seed), 1, lambda so_far: mean_error(lam, so_far))
         table = {"statistics": statistics, "samples": count, "levels": levels, "network": type(model.model).__name__}
         tensors = {"lam": torch.tensor(lam, dtype=torch.float64), "eta": eta}
         file, _ = kept(name, taker, Artifact(score_mean.KIND, table, tensors, given.found_for()))
-        size = eta.flatten(1).square().mean(1).sqrt()
+        size = sizes(eta)
         told = int((size > 0.0).sum())
         text = (
             f"Saved as {file}: {count} pictures, {levels} levels, CFG {cfg:g}.\nA mean error was told from chance at {told} of the "
             f"levels; its root mean square is {size.max():.4f} at most."
         )
         show_text(cls, text)
-        drawn = plot.line_plot([("eta", lam, size.tolist())], "Mean error", "lambda = log(alpha / sigma)", "RMS")
-        return io.NodeOutput(file, plot.to_image(drawn), text)
+        return io.NodeOutput(file, plot.to_image(mean_error(lam, eta)), text)
+
+
+def sizes(eta: torch.Tensor) -> torch.Tensor:
+    """The RMS at each level."""
+    return eta.flatten(1).square().mean(1).sqrt()
+
+
+def mean_error(lam: list[float], eta: Sequence[torch.Tensor] | torch.Tensor):
+    """The size of eta at as many of the levels as there are."""
+    size = sizes(torch.stack(list(eta))).tolist()
+    return plot.line_plot([("eta", lam[: len(size)], size)], "Mean error", "lambda = log(alpha / sigma)", "RMS")
 
 
 class MeasureEpsilonScaling(io.ComfyNode):
@@ -178,7 +191,8 @@ class MeasureEpsilonScaling(io.ComfyNode):
         cohorts, steps = given.split(samples), len(plan.times) - 1
         visits = sum(n * len(c.batches) for n, c in zip((12 + 2 * exposure.ROUNDS, 6, 3), cohorts, strict=True))
         course = Course(visits)
-        choice: Choice = course.run(exposure.search(*cohorts, process, plan, TEACHER), 1)
+        searched = exposure.search(*cohorts, process, plan, TEACHER)
+        choice: Choice = course.run(searched, 1, lambda so_far: factors_drawn(process, so_far))
         provenance = given.found_for(
             solver=solver.id, settings=settings_of(solver), steps=steps,
             loss_before=float(choice.before.mean()), loss_after=float(choice.after.mean()),
@@ -194,12 +208,17 @@ class MeasureEpsilonScaling(io.ComfyNode):
         )
         show_text(cls, text)
         made = FoundEpsilonScaling(artifact) if choice.label != "none" else FoundEpsilonScaling()
-        measured = choice.norms
-        series = [("kept", table["lambda"], factors)]
-        if measured.times:
-            series.insert(0, ("measured", [process.lam(t) for t in measured.times], measured.ratio.tolist()))
-        drawn = plot.line_plot(series, "Predicted noise, too large by", "lambda = log(alpha / sigma)", "factor")
+        drawn = factors_drawn(process, choice.norms, ("kept", table["lambda"], factors))
         return io.NodeOutput(transformed(sampler, made), plot.to_image(drawn), text)
+
+
+def factors_drawn(process: ForwardProcess, measured: Norms, *kept: plot.Series):
+    """The measured ratios and the factors that are kept; None if there is neither."""
+    series = list(kept)
+    if measured.times:
+        series.insert(0, ("measured", [process.lam(t) for t in measured.times], measured.ratio.tolist()))
+    title, x_label = "Predicted noise, too large by", "lambda = log(alpha / sigma)"
+    return plot.line_plot(series, title, x_label, "factor") if series else None
 
 
 def _around(transform, sampler) -> tuple:

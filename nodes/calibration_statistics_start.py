@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 import torch
 from comfy_api.latest import io
 
 from ..solvers.artifact import Artifact
-from ..solvers.calibration.cohort import Cohort, Running, track
+from ..solvers.calibration.cohort import Cohort, track
 from ..solvers.calibration.gaussian import KIND, GaussianStatistics
 from ..solvers.calibration.statistics import TEACHER
 from ..solvers.calibration.teacher import lesson
@@ -113,7 +114,8 @@ class MeasureGaussian(io.ComfyNode):
         course = Course(made + TEACHER * len(aside.batches))
         parts = gathered(given, numbered, pictures, course, taker)
         statistics = GaussianStatistics.measured(torch.cat([part.x0 for part in parts]), frequencies, rank)
-        times, errors = course.run(jumps(aside, process, statistics), TEACHER)
+        jumped = jumps(aside, process, statistics)
+        times, errors = course.run(jumped, TEACHER, lambda so_far: jumps_drawn(process, *so_far))
         sigma = next((t for t, e in reversed(list(zip(times, errors, strict=True))) if e <= GOOD), None)
         table = {
             "jump_error": errors, "jump_sigma": times, "samples": count, "rank": len(statistics.eig),
@@ -132,19 +134,26 @@ class MeasureGaussian(io.ComfyNode):
             + "\n".join(f"{times[i]:.4g}: {errors[i]:.2%}" for i in shown)
         )
         show_text(cls, text)
-        lam = [process.lam(t) for t in times]
-        drawn = plot.line_plot(
-            [("jump", lam, errors)], "Error of a jump to there", "lambda = log(alpha / sigma)", "share of x"
-        )
-        return io.NodeOutput(file, plot.to_image(drawn), text)
+        return io.NodeOutput(file, plot.to_image(jumps_drawn(process, times, errors)), text)
 
 
-def jumps(cohort: Cohort, process: ForwardProcess, statistics: GaussianStatistics) -> Running:
-    """Times of the teacher's run, and how far a jump from the start to each is from its state there, as a share of its RMS."""
+def jumps_drawn(process: ForwardProcess, times: list[float], errors: list[float]):
+    lam = [process.lam(t) for t in times]
+    return plot.line_plot(
+        [("jump", lam, errors)], "Error of a jump to there", "lambda = log(alpha / sigma)", "share of x"
+    )
+
+
+Jumps = tuple[list[float], list[float]]
+"""Times, and the error of a jump to each."""
+
+
+def jumps(cohort: Cohort, process: ForwardProcess, statistics: GaussianStatistics) -> Generator[Jumps, None, Jumps]:
+    """Times of the teacher's run, and how far a jump from the start to each is from its state there, as a share of its RMS.
+    Yields those of the samples so far."""
     plan = lesson(process, TEACHER)
     times = [t for t in plan.times[1:-1] if process.sigma(t) > 0.05 * process.alpha(t)][::2]
-    totals = [0.0] * len(times)
-    samples = 0
+    totals, samples, errors = [0.0] * len(times), 0, []
     for batch in cohort.batches:
         trail = cohort.visit(batch, lambda problem, x: track(problem, plan, x))
         states = dict(zip(plan.times, (mark.x.cpu().double() for mark in trail), strict=True))
@@ -153,8 +162,9 @@ def jumps(cohort: Cohort, process: ForwardProcess, statistics: GaussianStatistic
             share = off.flatten(1).norm(dim=1) / states[t].flatten(1).norm(dim=1).clamp_min(1e-12)
             totals[i] += float(share.sum())
         samples += len(trail[0].x)
-        yield
-    return times, [total / samples for total in totals]
+        errors = [total / samples for total in totals]
+        yield times, errors
+    return times, errors
 
 
 class Teleport(io.ComfyNode):

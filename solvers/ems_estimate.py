@@ -28,11 +28,13 @@ CALLS = 5
 
 
 class Progress(NamedTuple):
-    """Visits of a batch done, of how many, and the statistics once all are done."""
+    """Visits of a batch done, of how many, the statistics once all are done, and what computes those of the levels done so far,
+    from the third one on."""
 
     done: int
     total: int
     statistics: ModelStatistics | None
+    so_far: Callable[[], ModelStatistics] | None = None
 
 
 def estimate(
@@ -67,6 +69,18 @@ def estimate(
         raise ValueError("Model statistics are measured at three or more increasing values of lambda.")
     few, fine = _means(reduce), _means(drift)
     samples, found, done = sum(len(part.x0) for part in parts), [], 0
+    mean = sum(fine(part.x0.double()) * (len(part.x0) / samples) for part in parts)
+
+    def fitted() -> ModelStatistics:
+        """Of the levels that were measured."""
+        J, first, second = (torch.stack(rows) for rows in zip(*found, strict=True))
+        squares = first[:, :, None] * first[:, None]
+        if reduce != drift:
+            squares = squares.flatten(3).mean(3)
+        covariance, known = (second - squares).numpy(), np.array(lam[: len(found)])
+        l, s, b = _fit(known, 1.0 - J.numpy(), first.numpy(), covariance, round(smooth / (lam[1] - lam[0])))
+        return ModelStatistics(*(torch.from_numpy(v) for v in (known, l, s, b)), mean)
+
     for at in lam:
         sums: list[Any] = [0.0, 0.0, 0.0]
         for i, part in enumerate(parts):
@@ -76,18 +90,9 @@ def estimate(
             means = (few(J), torch.stack([fine(p) for p in z]), products)
             sums = [total + len(J) / samples * m for total, m in zip(sums, means, strict=True)]
             done += 1
-            yield Progress(done, len(lam) * len(parts), None)
+            yield Progress(done, len(lam) * len(parts), None, fitted if len(found) > 2 else None)
         found.append(sums)
-    J, first, second = (torch.stack(rows) for rows in zip(*found, strict=True))
-    squares = first[:, :, None] * first[:, None]
-    if reduce != drift:
-        squares = squares.flatten(3).mean(3)
-    l, s, b = _fit(
-        np.array(lam), 1.0 - J.numpy(), first.numpy(), (second - squares).numpy(), round(smooth / (lam[1] - lam[0]))
-    )
-    mean = sum(fine(part.x0.double()) * (len(part.x0) / samples) for part in parts)
-    statistics = ModelStatistics(*(torch.from_numpy(v) for v in (np.array(lam), l, s, b)), mean)
-    yield Progress(done, done, statistics)
+    yield Progress(done, done, fitted())
 
 
 def _means(reduce: str) -> Callable[[torch.Tensor], torch.Tensor]:

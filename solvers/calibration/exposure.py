@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,9 +70,10 @@ class Norms(NamedTuple):
         return self.own / np.maximum(self.forward, 1e-12)
 
 
-def norms(parts: Sequence[Part], process: ForwardProcess, plan: Plan, seed: int = 0) -> Running:
-    """``Norms`` of the calls of a run, but where sigma / alpha is above ``RHO_MAX``; two runs' calls for each part."""
-    own, forward, times = 0.0, 0.0, []
+def norms(parts: Sequence[Part], process: ForwardProcess, plan: Plan, seed: int = 0) -> Generator[Norms, None, Norms]:
+    """``Norms`` of the calls of a run, but where sigma / alpha is above ``RHO_MAX``; two runs' calls for each part. Yields those
+    of the parts so far."""
+    own, forward, times = np.zeros(1), np.zeros(1), []
     for i, one in enumerate(parts):
         seen: dict[float, list[float]] = {}
 
@@ -96,8 +97,8 @@ def norms(parts: Sequence[Part], process: ForwardProcess, plan: Plan, seed: int 
         times = sorted(seen, reverse=True)
         both = np.array([seen[t] for t in times]).reshape(-1, 2)
         own, forward = own + both[:, 0], forward + both[:, 1]
-        yield
-    return Norms(times, np.asarray(own), np.asarray(forward))
+        yield Norms(times, own, forward)
+    return Norms(times, own, forward)
 
 
 def scaling(process: ForwardProcess, times: Sequence[float], factor: Sequence[float]) -> FoundEpsilonScaling:
@@ -117,8 +118,11 @@ class Choice(NamedTuple):
     after: torch.Tensor
 
 
-def search(fit: Cohort, select: Cohort, report: Cohort, process: ForwardProcess, plan: Plan, teacher: int) -> Running:
-    """Factors from the norms, and uniform ones by trying; those whose samples are nearest to the teacher's, or none."""
+def search(
+    fit: Cohort, select: Cohort, report: Cohort, process: ForwardProcess, plan: Plan, teacher: int
+) -> Generator[Norms | None, None, Choice]:
+    """Factors from the norms, and uniform ones by trying; those whose samples are nearest to the teacher's, or none. Yields the
+    norms while they are measured."""
     for cohort in (fit, select, report):
         yield from teach(cohort, process, teacher)
     parts = [Part(batch, x0) for batch, x0 in zip(fit.batches, fit.targets, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ from ..method import param, part
 from ..process import ForwardProcess
 from ..solver import Denoise, Problem
 from ..transform import Transform
-from .cohort import Running
 from .statistics import Part, over
 
 KIND = "score_mean"
@@ -25,8 +24,9 @@ REDUCTIONS = ("channel", "full")
 
 def measure(
     parts: Sequence[Part], process: ForwardProcess, lam: Sequence[float], reduce: str, seed: int = 0
-) -> Running:
-    """eta = E[x0] - E[D], (n, *element), from one call for each sample and level; yields after each visit.
+) -> Generator[list[torch.Tensor] | None, None, torch.Tensor]:
+    """eta = E[x0] - E[D], (n, *element), from one call for each sample and level; yields those of the levels done after each
+    visit.
 
     The noise is left out of the difference, which takes most of its variance. What is left is told from the bias by two halves of
     the samples, a and b: eta is shrunk by <a, b> / |(a + b) / 2|^2, which is what of its square both have in common, and 0 where
@@ -48,7 +48,7 @@ def measure(
                 rows = apart[(half + first) % 2 :: 2]
                 sums[half] = sums[half] + rows.sum(0)
                 counts[half] += len(rows)
-            yield
+            yield found or None
         found.append(_shrunk(sums, counts, reduce))
     return torch.stack(found)
 

@@ -7,7 +7,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from quickstep_under_test.nodes import calibration_statistics
+from quickstep_under_test.nodes import calibration_statistics, live, plot
 from quickstep_under_test.nodes.bridge import process_of, sampler
 from quickstep_under_test.nodes.calibration_statistics_ems import EstimateStatistics
 from quickstep_under_test.nodes.calibration_statistics_run import schedules
@@ -116,6 +116,36 @@ def test_the_user_can_stop_it(folder, monkeypatch):
         run(EstimateStatistics, **given(statistics="scalar", samples=4, levels=30, steps=4))
     comfy.model_management.interrupt_current_processing(False)
     assert seen[0] == 0 and sorted(seen) == seen and not list(folder.iterdir())
+
+
+CURVES = {
+    EstimateStatistics: dict(statistics="economy", samples=4, levels=5, steps=1),
+    FindScoreMean: dict(pictures={"samples": torch.zeros(4, 4, 8, 8)}, statistics="channel", samples=4, levels=5),
+    MeasureEpsilonScaling: dict(sampler=sampler(DDIM()), sigmas=torch.tensor([1.0, 0.5, 0.2, 0.0]), samples=2),
+    MeasureGaussian: dict(samples=4, frequencies=4, rank=0),
+}
+"""Of each node that measures: inputs with which it is quick."""
+
+
+@pytest.mark.parametrize("cls", CURVES, ids=lambda cls: cls.__name__)
+def test_what_is_measured_is_shown_while_it_is(folder, monkeypatch, cls):
+    sent = []
+
+    def progress(self, value, total=None, preview=None):
+        if preview is not None:
+            sent.append((value, preview))
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", progress)
+    monkeypatch.setattr(live, "PREVIEW", 0.0)
+    drawn = run(cls, **given(**CURVES[cls]))[1]
+    value, (kind, picture, size) = sent[-1]
+    assert kind == "JPEG" and size == 640 and drawn.shape[1:3] == (picture.height, picture.width)
+    # the drawing that is the final one too, of the levels done by then: at least the title is the same
+    assert value > 0 and torch.equal(plot.to_image(picture)[:, :40], drawn[:, :40])
+    sent.clear()
+    monkeypatch.setattr(live, "PREVIEW", 1e9)
+    run(cls, **given(**{**CURVES[cls], "name": "again"}))
+    assert not sent
 
 
 def pictures(count: int, size=8, seed=1) -> dict:
