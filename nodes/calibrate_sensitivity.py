@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from torch import nn
 
 from ..solvers.artifact import Artifact, FoundFor, now, process_name, save
-from ..solvers.caching.block_skip import KIND, Unit, change
+from ..solvers.caching.block_skip import KIND, PROBED, Unit, change
 from ..solvers.caching.layers import CROSS, layer_work
 from . import artifacts
 from .attach import on
@@ -29,7 +29,6 @@ from .sites.scoped import scoped
 from .sites.tuning import without
 
 STEPS = 12
-PROBED = (0.2, 0.5, 0.8)
 TITLE = "Block Sensitivity"
 
 

@@ -112,6 +112,7 @@ ACCELERATING = {
     "SkipTuning": "rho_bottom rho_top curve start_percent end_percent",
     "PLADIS": "lam alpha start_percent end_percent",
     "BlockSkip": "calibration budget start_percent end_percent",
+    "AutoDiffusion": "calibration",
     "TStitch": "fraction by memory fraction_2 fraction_3",
     "TStitchModel": "fraction by memory",
     "Alternate": "pattern memory",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -12,7 +12,7 @@ from torch import nn
 
 from ...solvers.artifact import mismatches
 from ...solvers.caching.accelerator import Plan
-from ...solvers.caching.block_skip import BlockSkip, Unit
+from ...solvers.caching.block_skip import BlockSkip, LeavesOut, LeavingOut, Unit
 from ...solvers.caching.layers import CROSS
 from ...solvers.caching.pladis import PLADIS, sparse_attention
 from ...solvers.caching.skip_tuning import SkipTuning, SkipTuningSession
@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 
 def tuning(model, settings, key: str, forward_key: str) -> dict[str, Callable]:
-    """The wrappers that carry out ``SkipTuning``, ``PLADIS`` and ``BlockSkip``."""
-    change = {SkipTuning: _skip_tuning, PLADIS: _pladis, BlockSkip: _block_skip}[type(settings)](model, settings)
+    """The wrappers that carry out ``SkipTuning``, ``PLADIS`` and what leaves units out."""
+    makers = {SkipTuning: _skip_tuning, PLADIS: _pladis}
+    change = makers.get(type(settings), _leaving_out)(model, settings)
 
     def forward(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         options = transformer_options or {}
@@ -114,14 +115,18 @@ def _pladis(model, settings: PLADIS):
     return change
 
 
-def without(network: nn.Module, units: list[Unit], needed_by: str) -> list[tuple[Unit, nn.Module, Callable]]:
-    """(unit, its module, what the module does instead); raises ``ValueError`` where the network has no such part."""
+Parts = list[tuple[Unit, nn.Module, Callable]]
+"""(unit, its module, what the module does instead)."""
+
+
+def without(network: nn.Module, units: Sequence[Unit], needed_by: str, made: tuple[str, str] = BlockSkip.made) -> Parts:
+    """What leaving out these units takes; raises ``ValueError`` where the network has no such part. made: of ``LeavesOut``."""
     modules = dict(network.named_modules())
     missing = [unit.name for unit in units if unit.name not in modules]
     if missing:
         raise ValueError(
-            f"{needed_by}: this model has no part {missing[0]!r}; the scores were made for another model, make them for "
-            "this one with Block Sensitivity."
+            f"{needed_by}: this model has no part {missing[0]!r}; the {made[0]} were made for another model, make them for "
+            f"this one with {made[1]}."
         )
     layouts = {}
     if any(unit.whole for unit in units):
@@ -144,20 +149,38 @@ def _passing(layout) -> Callable:
     return forward
 
 
-def _block_skip(model, settings: BlockSkip):
+def _leaving_out(model, settings: LeavesOut):
     network = model.get_model_object("diffusion_model")
-    if settings.calibration is None and settings.budget > 0.0:
-        raise ValueError(f"{settings.title}: choose scores; Block Sensitivity makes them, once for each model.")
     units = settings.left_out()
-    without(network, units, settings.title)
+    without(network, units, settings.title, settings.made)
     if settings.calibration is not None:
         for sentence in mismatches(settings.calibration, model=fingerprint(model)):
-            log.warning("%s: the scores may not fit. %s", settings.title, sentence)
-    parts = once_per_network(lambda network: without(network, units, settings.title))
+            log.warning("%s: the %s may not fit. %s", settings.title, settings.made[0], sentence)
+    parts = once_per_network(lambda network: without(network, units, settings.title, settings.made))
 
-    def change(network, session, options):
+    def change(network, session: LeavingOut, options):
         # A part that has another forward already is a cache's, which counts on being asked.
-        free = [part for part in parts(network) if "forward" not in vars(part[1])]
+        named = [part for part in parts(network) if part[0].name in session.left_out]
+        free = [part for part in named if "forward" not in vars(part[1])]
         return options, {module: instead for _, module, instead in free}, sum(unit.work for unit, _, _ in free)
 
     return change
+
+
+def held(model, units: Sequence[Unit], names: Callable[[], Collection[str]], needed_by: str, key: str):
+    """A clone of ``model`` whose every network call leaves out those of the units that ``names()`` has at that moment.
+
+    For searches, which try many sets within one run; nothing of the network is changed between calls.
+    """
+    without(model.get_model_object("diffusion_model"), units, needed_by)
+    parts = once_per_network(lambda network: without(network, units, needed_by))
+
+    def forward(executor, *args, **kwargs):
+        left = names()
+        found = parts(executor.class_obj.diffusion_model) if left else []
+        with scoped({module: instead for unit, module, instead in found if unit.name in left}):
+            return executor(*args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, forward)
+    return clone

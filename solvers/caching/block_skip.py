@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..artifact import Artifact
 from ..method import param, part
-from .accelerator import Accelerator, Plan, Run, Windowed
+from .accelerator import Accelerator, Plan, Run, Session, Windowed
 from .declared import END, START
 
 KIND = "block-sensitivity"
+PROBED = (0.2, 0.5, 0.8)
+"""At which part of a run each of a unit's scores is measured."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,35 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class BlockSkip(Accelerator):
+class LeavesOut(Accelerator):
+    """Abstract: leaves units of the network out; its sessions (``LeavingOut``) say which ones in each call.
+
+    ``calibration`` is the file that knows the units; ``made``: what is in it, and the node that makes it.
+    """
+
+    site: ClassVar[str] = "tuning"
+    made: ClassVar[tuple[str, str]]
+
+    calibration: Artifact | None = None
+
+    @abstractmethod
+    def left_out(self) -> list[Unit]:
+        """All units that any call leaves out; ValueError where a file is needed for that."""
+
+
+class LeavingOut(Session):
+    """Abstract: ``left_out`` holds the names of the units that the current call leaves out."""
+
+    left_out: Collection[str] = ()
+
+
+def units_in(rows: Any) -> list[Unit]:
+    """Of a file's rows; TypeError, KeyError or ValueError where they are damaged."""
+    return [Unit(r["name"], bool(r["whole"]), float(r["work"]), tuple(map(float, r["scores"]))) for r in rows]
+
+
+@dataclass(frozen=True)
+class BlockSkip(LeavesOut):
     """Leaves out the layers or blocks of a network that change its result least, in the middle part of sampling.
 
     Needs scores made once for the model with Block Sensitivity. For UNets (attention and feed-forward layers of their
@@ -65,7 +96,7 @@ class BlockSkip(Accelerator):
     id: ClassVar[str] = "BlockSkip"
     title: ClassVar[str] = "Block Skip"
     paper: ClassVar[str] = "after Zhang et al. (2024), arXiv:2404.11098"
-    site: ClassVar[str] = "tuning"
+    made: ClassVar[tuple[str, str]] = ("scores", "Block Sensitivity")
 
     calibration: Artifact | None = part(KIND, "Scores that Block Sensitivity saved for this model.", None)  # noqa: RUF009
     budget: float = param(
@@ -93,26 +124,26 @@ class BlockSkip(Accelerator):
         if self.calibration.kind != KIND:
             raise ValueError(f"{self.title}: the file holds {self.calibration.kind}, but {KIND} is needed here.")
         try:
-            rows = self.calibration.table["units"]
-            return [Unit(r["name"], bool(r["whole"]), float(r["work"]), tuple(map(float, r["scores"]))) for r in rows]
+            return units_in(self.calibration.table["units"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{self.title}: the file of scores is damaged; run Block Sensitivity again.") from None
 
     def left_out(self) -> list[Unit]:
-        """The units that are left out."""
+        if self.calibration is None and self.budget > 0.0:
+            raise ValueError(f"{self.title}: choose scores; Block Sensitivity makes them, once for each model.")
         return choose(self.units(), self.budget)
 
     def start(self, run: Run) -> BlockSkipSession:
         return BlockSkipSession(self, run)
 
 
-class BlockSkipSession(Windowed):
+class BlockSkipSession(LeavingOut, Windowed):
     def __init__(self, settings: BlockSkip, run: Run):
         super().__init__(run)
-        self.none = not settings.left_out()
+        self.left_out = frozenset(unit.name for unit in settings.left_out())
 
     def decide(self, t, position):
-        return Plan.PLAIN if self.none else super().decide(t, position)
+        return super().decide(t, position) if self.left_out else Plan.PLAIN
 
 
 def choose(units: Sequence[Unit], budget: float) -> list[Unit]:

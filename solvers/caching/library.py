@@ -8,6 +8,7 @@ from .accelerator import Accelerator
 from .adaptive_diffusion import AdaptiveDiffusion
 from .adaptive_guidance import AdaptiveGuidance
 from .at_edm import ATEDM
+from .auto_diffusion import AutoDiffusion
 from .block_skip import BlockSkip
 from .deepcache import DeepCache
 from .delta_dit import DeltaDiT
@@ -60,6 +61,7 @@ ACCELERATORS: tuple[type[Accelerator], ...] = (
     SkipTuning,
     PLADIS,
     BlockSkip,
+    AutoDiffusion,
 )
 
 _FORECAST = {share: ("StepForecast", {"mode": "budget", "share": share}) for share in (0.75, 0.6, 0.5, 0.35)}
