@@ -6,7 +6,7 @@ import math
 
 from ..solvers import dc_solver, ems, usf_table
 from ..solvers.artifact import Artifact
-from ..solvers.caching import block_skip, budget, linear_ag, profile
+from ..solvers.caching import auto_diffusion, block_skip, budget, linear_ag, profile
 from ..solvers.calibration import exposure, fitted, gaussian, score_mean
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.library import PROPOSALS
@@ -14,6 +14,7 @@ from ..solvers.ems import ModelStatistics
 from ..solvers.schedules import CLOSED_FORMS
 from . import plot
 from .calibration_run import SCHEDULE
+from .plot_cells import skipped
 
 WORDS = {
     SCHEDULE: (
@@ -55,6 +56,10 @@ WORDS = {
     ),
     profile.KIND: ("How the blocks of a transformer change along a run", "Use TeaCache or MagCache with this file."),
     block_skip.KIND: ("How much each part of a network matters", "Use Block Skip with this file."),
+    auto_diffusion.KIND: (
+        "Sigmas, and the parts of the network that each step leaves out",
+        "Use AutoDiffusion and Found Schedule with this file, with that sampler; for other CFG scales search again.",
+    ),
     budget.KIND: ("What accelerators cost and spoil on a model", "Use Acceleration plan with this file."),
 }
 """What a file is, by its kind, and which node takes it."""
@@ -107,6 +112,8 @@ def drawing(found: Artifact):
         return _weights(found)
     if found.kind == ems.KIND:
         return statistics_curve(ModelStatistics.of(found))
+    if found.kind == auto_diffusion.KIND:
+        return skipped(auto_diffusion.skips_of(found))
     if times := found.table.get("sigmas"):
         curves = [("sigmas", range(len(times)), times)]
         proposed = found.table.get("proposed")

@@ -69,14 +69,7 @@ class AutoDiffusion(LeavesOut):
 
     def skips(self) -> Skips | None:
         """What the file holds; None without one."""
-        if self.calibration is None:
-            return None
-        if self.calibration.kind != KIND:
-            raise ValueError(f"{self.title}: the file holds {self.calibration.kind}, but {KIND} is needed here.")
-        try:
-            return skips_in(self.calibration.table)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{self.title}: the file is damaged; run Search AutoDiffusion again.") from None
+        return None if self.calibration is None else skips_of(self.calibration)
 
     def left_out(self) -> list[Unit]:
         found = self.skips()
@@ -110,15 +103,21 @@ class AutoDiffusionSession(LeavingOut):
         return Plan.FULL if self.left_out else Plan.PLAIN
 
 
-def skips_in(table: dict[str, Any]) -> Skips:
-    """Of a file's table; TypeError, KeyError or ValueError where it is damaged."""
-    sigmas, rows = tuple(map(float, table["sigmas"])), table["left_out"]
-    units = tuple(units_in(table["units"]))
-    left_out = tuple(frozenset(row) for row in rows if isinstance(row, list))
+def skips_of(found: Artifact) -> Skips:
+    """What a file holds; ValueError, in one sentence, where it is another kind or damaged."""
+    title = AutoDiffusion.title
+    if found.kind != KIND:
+        raise ValueError(f"{title}: the file holds {found.kind}, but {KIND} is needed here.")
+    try:
+        sigmas, rows = tuple(map(float, found.table["sigmas"])), found.table["left_out"]
+        units = tuple(units_in(found.table["units"]))
+        left_out = tuple(frozenset(row) for row in rows if isinstance(row, list))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{title}: the file is damaged; run Search AutoDiffusion again.") from None
     known = {unit.name for unit in units}
-    falling = all(a > b for a, b in pairwise(sigmas)) and sigmas[-1] >= 0.0
+    falling = all(a > b for a, b in pairwise(sigmas)) and sigmas[-1:] >= (0.0,)
     if not rows or len(left_out) != len(sigmas) - 1 or not falling or any(names - known for names in left_out):
-        raise ValueError("sigmas, sets and units do not belong together")
+        raise ValueError(f"{title}: the file's sigmas, sets of parts and units do not belong together.")
     return Skips(sigmas, left_out, units)
 
 
