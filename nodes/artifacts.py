@@ -10,8 +10,10 @@ import folder_paths
 
 from ..solvers.artifact import Artifact, load, mismatches
 from ..solvers.ems import ModelStatistics
-from ..solvers.method import Method, parts
+from ..solvers.method import Method
 from ..solvers.process import ForwardProcess
+from ..solvers.solver import Solver
+from ..solvers.transform import Transform
 
 FOLDER = "quickstep"
 NONE = "none"
@@ -66,16 +68,25 @@ def modified(name: str) -> float:
     return os.path.getmtime(path) if path else 0.0
 
 
-def warn(method: Method, process: ForwardProcess, steps: int, cfg: float | None, shape: tuple[int, ...]) -> None:
-    """Say once per run what a calibration inside ``method`` was not made for."""
-    for declared in parts(type(method)):
-        value = getattr(method, declared.name)
+def warn(
+    method: Method,
+    process: ForwardProcess,
+    steps: int,
+    cfg: float | None,
+    shape: tuple[int, ...],
+    solver: Method | None = None,
+) -> None:
+    """Say once per run what a calibration inside ``method``, in whatever depth, was not made for.
+
+    solver: what a transform is around, None if that is not one of this pack's; a solver is its own, or the one it wraps.
+    """
+    made_of = list(vars(method).values())
+    inner = next((v for v in made_of if isinstance(v, Solver)), solver if isinstance(method, Transform) else method)
+    for value in made_of:
         if isinstance(value, Method):
-            warn(value, process, steps, cfg, shape)
-            continue
+            warn(value, process, steps, cfg, shape, inner)
         found = value.source if isinstance(value, ModelStatistics) else value
         if isinstance(found, Artifact):
-            inner = next((v for v in vars(method).values() if isinstance(v, Method)), method)
             for sentence in mismatches(found, process, None, inner, steps, cfg, shape):
                 log.warning("%s: the calibration may not fit. %s", method.title, sentence)
 

@@ -88,7 +88,9 @@ def transformed(given, transform: Transform):
     @torch.no_grad()
     def sample_transformed(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         problem = _problem(model, extra_args or {})
-        seen = _Seen(model, transform.around(problem, distinct(sigmas.tolist())))
+        times = distinct(sigmas.tolist())
+        artifacts.warn(transform, problem.process, len(times) - 1, problem.cfg, tuple(x.shape[1:]))
+        seen = _Seen(model, transform.around(problem, times))
         return inner(seen, x, sigmas, extra_args=extra_args, callback=callback, disable=disable, **options)
 
     sample_transformed.__name__ = f"{getattr(inner, '__name__', 'sample')}_{transform.id}"

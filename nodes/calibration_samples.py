@@ -44,11 +44,11 @@ class Samples:
         """Of one latent."""
         return tuple(self.latent["samples"].shape[1:])
 
-    def found_for(self, **more) -> FoundFor:
-        """The provenance of what was found on these samples."""
+    def found_for(self, any_size: bool = False, **more) -> FoundFor:
+        """The provenance of what was found on these samples; without their shape if it serves ``any_size``."""
         return FoundFor(
-            model=fingerprint(self.model), process=process_name(process_of(self.model)), cfg=self.cfg, shape=self.shape,
-            seed=self.seed, created=now(), **more,
+            model=fingerprint(self.model), process=process_name(process_of(self.model)), cfg=self.cfg,
+            shape=None if any_size else self.shape, seed=self.seed, created=now(), **more,
         )  # fmt: skip
 
     def numbered(self, rows: range) -> list[tuple[list[int], Batch]]:
@@ -71,21 +71,28 @@ class Samples:
         noise = torch.cat([comfy.sample.prepare_noise(start[:1], self.seed + r) for r in rows])
         mask = self.latent.get("noise_mask")
         mask = mask[: len(rows)] if mask is not None and len(mask) > 1 else mask
-        top = process_of(self.model).t_max
-        guider = comfy.samplers.CFGGuider(self.model)
-        guider.set_conds(positive, self.negative)
-        guider.set_cfg(self.cfg)
+        return batch_of(self.model, positive, self.negative, self.cfg, noise, start, mask, self.seed)
 
-        def batch(visit: Visit) -> Any:
-            made = []
-            one_step = torch.tensor([top, 0.0])
-            guider.sample(
-                noise, start, visitor(lambda problem, x: made.append(visit(problem, x))), one_step,
-                denoise_mask=mask, disable_pbar=True, seed=self.seed,
-            )  # fmt: skip
-            return made[0]
 
-        return batch
+def batch_of(
+    model, positive, negative, cfg: float, noise: torch.Tensor, start: torch.Tensor, mask=None, seed: int = 0
+) -> Batch:
+    """Runs from this noise on these latents, as ComfyUI samples them with these conditionings."""
+    top = process_of(model).t_max
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+
+    def batch(visit: Visit) -> Any:
+        made = []
+        one_step = torch.tensor([top, 0.0])
+        guider.sample(
+            noise, start, visitor(lambda problem, x: made.append(visit(problem, x))), one_step,
+            denoise_mask=mask, disable_pbar=True, seed=seed,
+        )  # fmt: skip
+        return made[0]
+
+    return batch
 
 
 def samples(model, positives: list, negative, latent: dict, cfg: float, seed: int) -> Samples:

@@ -139,18 +139,16 @@ class EstimateStatistics(io.ComfyNode):
         measured = course.run(estimated, CALLS, lambda so_far: statistics_curve(so_far()))
         found = DPMSolverV3(statistics=measured)
         before, after = contest(aside, process, steps, (DPMSolverPP(), found), course)
-        provenance = given.found_for(loss_before=float(before.mean()), loss_after=float(after.mean()))
+        sized = KINDS[statistics][1] == "full"
+        losses = dict(loss_before=float(before.mean()), loss_after=float(after.mean()))
+        provenance = given.found_for(any_size=not sized, **losses)
         table = {"statistics": statistics, "samples": count, "levels": levels, "network": type(model.model).__name__}
         file, artifact = kept(name, taker, Artifact(ems.KIND, table, measured.tensors(), provenance))
         text = (
             f"Saved as {file}: {statistics}, {count} samples, {levels} levels.\n"
             + verdict(before, after, f"{steps} steps, against DPM-Solver++ 2M")
             + f"\nFor {cfg:g} CFG"
-            + (
-                f" and latents of shape {given.shape}."
-                if KINDS[statistics][1] == "full"
-                else " and latents of any size."
-            )
+            + (f" and latents of shape {given.shape}." if sized else " and latents of any size.")
         )
         show_text(cls, text)
         solver = DPMSolverV3(statistics=ModelStatistics.of(artifact))

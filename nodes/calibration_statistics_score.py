@@ -108,7 +108,8 @@ class FindScoreMean(io.ComfyNode):
         eta = course.run(measure(parts, process, lam, statistics, seed), 1, lambda so_far: mean_error(lam, so_far))
         table = {"statistics": statistics, "samples": count, "levels": levels, "network": type(model.model).__name__}
         tensors = {"lam": torch.tensor(lam, dtype=torch.float64), "eta": eta}
-        file, _ = kept(name, taker, Artifact(score_mean.KIND, table, tensors, given.found_for()))
+        provenance = given.found_for(any_size=statistics == "channel")
+        file, _ = kept(name, taker, Artifact(score_mean.KIND, table, tensors, provenance))
         size = sizes(eta)
         told = int((size > 0.0).sum())
         text = (

@@ -79,9 +79,12 @@ def test_model_statistics_are_measured_kept_and_used(folder, kind):
         assert error(kind, made, sigmas(kind, 4)) < 0.7 * error(kind, sampler(DPMSolverPP()), sigmas(kind, 4))
 
 
-def test_model_statistics_per_channel_serve_other_sizes(folder):
+def test_model_statistics_per_channel_serve_other_sizes(folder, caplog):
+    """And nothing is said of a size they were not measured for."""
     how, *_ = run(EstimateStatistics, **given(statistics="scalar", samples=8, levels=16, steps=4, size=6))
     assert error("flow", how, sigmas("flow", 4)) < 0.5 * error("flow", sampler(DPMSolverPP()), sigmas("flow", 4))
+    assert "may not fit" not in caplog.text
+    assert load(folder / "mine.safetensors").found_for.shape is None
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -164,7 +167,8 @@ def test_a_score_mean_is_measured_kept_and_used(folder, kind):
     )
     assert file == "mine.safetensors" and "48 pictures" in report and curve.shape == (1, 600, 960, 3)
     found = load(folder / file, score_mean.KIND)
-    assert found.found_for.cfg == 1.0 and found.tensors["eta"].shape == (20, 4, 1, 1)
+    assert found.found_for.cfg == 1.0 and found.found_for.shape is None
+    assert found.tensors["eta"].shape == (20, 4, 1, 1)
     plain = comfy.samplers.sampler_object("euler")
     how = ScoreMeanNode.execute(sampler=plain, strength=1.0, calibration=file).args[0]
     ends = [made_by(low, s, sigmas(kind, 12)).mean() for s in (plain, how)]
