@@ -6,10 +6,11 @@ import importlib
 import re
 import time
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from .predictor import Predicted
-from .space import Space
+from .space import Knob, Space
 
 SAMPLERS = ("predictor", "tpe", "cma-es", "quasi-random", "nsga-ii")
 FRONT = "nsga-ii"
@@ -20,6 +21,13 @@ INSTALL = (
     'PostgreSQL also "psycopg[binary]", with the Python that runs ComfyUI.'
 )
 _RETRIES, _POPULATION, _ATTEMPTS = 2, 24, 4
+
+
+class Searched(Protocol):
+    """Anything with named parameters."""
+
+    @property
+    def knobs(self) -> Sequence[Knob]: ...
 
 
 def needed(package: str, taker: str = "This search") -> Any:
@@ -84,7 +92,7 @@ def _swift(connection: Any, record: Any) -> None:
     connection.execute("PRAGMA synchronous = NORMAL")
 
 
-def distributions(space: Space) -> dict[str, Any]:
+def distributions(space: Searched) -> dict[str, Any]:
     """The space in Optuna's words."""
     d = needed("optuna").distributions
     found: dict[str, Any] = {}
@@ -98,7 +106,7 @@ def distributions(space: Space) -> dict[str, Any]:
     return found
 
 
-def suggested(trial: Any, space: Space) -> dict[str, Any]:
+def suggested(trial: Any, space: Searched) -> dict[str, Any]:
     """The values that a trial is to try."""
     found: dict[str, Any] = {}
     for name, options, low, high in ((k.name, k.options, k.low, k.high) for k in space.knobs):
@@ -111,7 +119,7 @@ def suggested(trial: Any, space: Space) -> dict[str, Any]:
     return found
 
 
-def _made(kind: str, space: Space, seed: int, first: int, listed: dict[int, list]) -> Any:
+def _made(kind: str, space: Searched, seed: int, first: int, listed: dict[int, list]) -> Any:
     """A sampler of Optuna; ``seed`` is the trial's, ``first`` that of the study."""
     samplers = needed("optuna").samplers
     if kind == "cma-es":
@@ -125,6 +133,7 @@ def _made(kind: str, space: Space, seed: int, first: int, listed: dict[int, list
     tpe = samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
     if kind == "predictor":
         needed("sklearn")
+        assert isinstance(space, Space)  # it reads the features of solver schedules
         return Predicted(space, distributions(space), tpe, first, listed)
     return tpe
 
@@ -135,7 +144,7 @@ class Proposer:
     So a search that was interrupted goes on with the proposal it would have made, and two workers do not make the same one.
     """
 
-    def __init__(self, kind: str, space: Space, seed: int):
+    def __init__(self, kind: str, space: Searched, seed: int):
         listed: dict[int, list] = {}
         self.make = lambda number: _made(kind, space, seed + 7919 * (number + 1), seed, listed)
         with warnings.catch_warnings():
