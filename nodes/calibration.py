@@ -173,7 +173,7 @@ class OptimizeSchedule(io.ComfyNode):
         solver = deterministic(sampler, "Optimize Schedule")
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Optimize Schedule")
         found = artifacts.read(resume, SCHEDULE, "Optimize Schedule")
-        resumed = None if found is None else Plan(solver, _sigmas_of(found, steps, "Optimize Schedule"))
+        resumed = None if found is None else Plan(solver, sigmas_of(found, steps, "Optimize Schedule"))
         process = process_of(model)
         fit, select, report = given.split(samples)
         search = ScheduleSearch(
@@ -247,7 +247,9 @@ class FitSolver(io.ComfyNode):
         resumed = None
         if found is not None:
             FittedSolver(found)  # refuses damaged ones
-            resumed = fitted_plan(_sigmas_of(found, steps, "Fit Solver"), found.table["weights"])
+            resumed = fitted_plan(
+                sigmas_of(found, steps, "Fit Solver"), found.table["weights"], found.table.get("offsets")
+            )
         fit, select, report = given.split(samples)
         search = SolverSearch(
             process, fit, select, report, begun, resumed, LOSSES[loss], memory=memory, joint=sigmas is None,
@@ -298,7 +300,7 @@ def whole(process: ForwardProcess, times: list[float], taker: str) -> list[float
     return [process.t_max, *times[1:]]
 
 
-def _sigmas_of(found: Artifact, steps: int, taker: str) -> list[float]:
+def sigmas_of(found: Artifact, steps: int, taker: str) -> list[float]:
     times = found.table.get("sigmas")
     if not isinstance(times, list) or len(times) != steps + 1:
         raise ValueError(f"{taker}: the file to resume is not for {steps} steps.")

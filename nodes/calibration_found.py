@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..solvers.artifact import Artifact, load, mismatches
 from ..solvers.caching import auto_diffusion
-from ..solvers.calibration import fitted
+from ..solvers.calibration import decoupled, fitted
 from ..solvers.calibration.library import again
 from . import artifacts, plot
 from .bridge import process_of
@@ -37,7 +37,7 @@ class FoundSchedule(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         files = [*artifacts.files(SCHEDULE), *artifacts.files(fitted.KIND)[1:]]
-        files += artifacts.files(auto_diffusion.KIND)[1:]
+        files += [*artifacts.files(auto_diffusion.KIND)[1:], *artifacts.files(decoupled.KIND)[1:]]
         return io.Schema(
             node_id=PREFIX + "FoundSchedule",
             display_name="Found Schedule (Quickstep)",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from ..solvers.artifact import Artifact, save
+from ..solvers.calibration.decoupled import Asked
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.search import Search
 from ..solvers.process import ForwardProcess
@@ -82,6 +84,8 @@ class Pursuit:
         table: dict[str, Any] = {"sigmas": [float(t) for t in plan.times]}
         if isinstance(plan.solver, FittedSolver):
             table["weights"] = plan.solver.weights
+        if isinstance(plan.solver, FittedSolver | Asked) and plan.solver.offsets:
+            table["offsets"] = list(plan.solver.offsets)
         table |= {
             "network": type(self.samples.model.model).__name__,
             "calls": search.calls,
@@ -130,15 +134,12 @@ class Pursuit:
 
 
 def curve(search: Search):
-    """The losses against network calls: of all candidates that were better in the fit, and of the best so far."""
-    calls = [trial.calls for trial in search.trials]
-    best, lowest = [], float("inf")
-    for trial in search.trials:
-        lowest = min(lowest, trial.select)
-        best.append(lowest)
+    """The errors against network calls: of all candidates that were better in the fit, and of the best so far."""
+    calls, error = [trial.calls for trial in search.trials], search.loss.error
+    lowest = accumulate((trial.select for trial in search.trials), min)
     series = [
-        ("fit", calls, [trial.fit for trial in search.trials]),
-        ("best so far, on samples that select", calls, best),
+        ("fit", calls, [error(trial.fit) for trial in search.trials]),
+        ("best so far, on samples that select", calls, list(map(error, lowest))),
     ]
     positive = all(value > 0.0 for _, _, ys in series for value in ys)
     return plot.line_plot(series, f"Calibration: {search.stage}", "network calls (samples)", "error", log_y=positive)

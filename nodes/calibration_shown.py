@@ -7,7 +7,7 @@ import math
 from ..solvers import dc_solver, ems, usf_table
 from ..solvers.artifact import Artifact
 from ..solvers.caching import auto_diffusion, block_skip, budget, linear_ag, profile
-from ..solvers.calibration import exposure, fitted, gaussian, score_mean
+from ..solvers.calibration import boundary, decoupled, exposure, fitted, gaussian, score_mean
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.library import PROPOSALS
 from ..solvers.ems import ModelStatistics
@@ -25,6 +25,10 @@ WORDS = {
     fitted.KIND: (
         "A fitted sampler: sigmas, and weights for each step",
         "Use Fitted solver and Found Schedule with this file; for other CFG scales fit again.",
+    ),
+    decoupled.KIND: (
+        "Sigmas of a schedule, and the noise levels at which the network is asked",
+        "Use Decoupled times around that sampler and Found Schedule, both with this file; for other CFG scales calibrate again.",
     ),
     usf_table.KIND: (
         "A solver schedule: how each step is made",
@@ -49,6 +53,10 @@ WORDS = {
     gaussian.KIND: (
         "Mean and covariance of pictures",
         "Use Teleport or Signal Leak with this file, for those prompts and that CFG scale.",
+    ),
+    boundary.KIND: (
+        "One start noise for all inputs of a model that gets a picture to work on",
+        "Use Start noise (found) with this file, with that sampler, number of steps and CFG scale, and latents of that size.",
     ),
     linear_ag.KIND: (
         "Coefficients of guidance",
@@ -84,7 +92,7 @@ def in_words(found: Artifact) -> str:
         lines.append("The model is a flow model." if f.process == "flow" else "The model is no flow model.")
     if f.loss_before is not None and f.loss_after is not None:
         lines.append(f"Error on samples kept aside: {f.loss_before:.4f} before, {f.loss_after:.4f} after.")
-    elif found.kind in (SCHEDULE, fitted.KIND):
+    elif found.kind in (SCHEDULE, fitted.KIND, decoupled.KIND):
         lines.append("The search was stopped before its result was measured on samples kept aside.")
     if isinstance(found.table.get("proposal"), dict):
         lines.append(measured_in_words(found.table))
@@ -119,6 +127,8 @@ def drawing(found: Artifact):
         proposed = found.table.get("proposed")
         if proposed and proposed != times:
             curves.append(("as proposed", range(len(proposed)), proposed))
+        if found.kind == decoupled.KIND:
+            curves.append(("asked for", range(len(times)), decoupled.levels(found)))
         return plot.line_plot(curves, "Schedule", "step", "sigma", log_y=times[0] > 1.0)
     if found.kind in CURVES:
         return _curves(found, *CURVES[found.kind])

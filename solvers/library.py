@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adaptive import DPMSolverAdaptive
 from .black_box import AdaptiveRK
+from .calibration.decoupled import DecoupledTimes
 from .calibration.fitted import FittedSolver
 from .churn import Churn
 from .consistency import ConsistencySampler
@@ -54,4 +55,4 @@ FAMILIES: dict[str, tuple[type[Solver], ...]] = {
 
 SOLVERS: tuple[type[Solver], ...] = tuple(solver for family in FAMILIES.values() for solver in family)
 WRAPPERS: tuple[type[Wrapper], ...] = (HB, LML, DCSolver, Churn, Restart, Switch)
-TRANSFORMS: tuple[type[Transform], ...] = (EpsilonScaling, DynamicThresholding, TimeShift)
+TRANSFORMS: tuple[type[Transform], ...] = (EpsilonScaling, DynamicThresholding, TimeShift, DecoupledTimes)

@@ -175,9 +175,13 @@ class Joint(Family):
         return np.concatenate([self.curve.logits(times), self.weights(times).theta(rows)])
 
 
-def fitted_plan(times: Sequence[float], rows: Sequence[Sequence[float]]) -> Plan:
-    """A fitted solver with these weights, newest first, on its times."""
-    table = {"sigmas": [float(t) for t in times], "weights": [list(row) for row in rows]}
+def fitted_plan(
+    times: Sequence[float], rows: Sequence[Sequence[float]], offsets: Sequence[float] | None = None
+) -> Plan:
+    """A fitted solver with these weights, newest first, on its times, and with decoupled ones if there are offsets."""
+    table: dict[str, Any] = {"sigmas": [float(t) for t in times], "weights": [list(row) for row in rows]}
+    if offsets is not None:
+        table["offsets"] = [float(delta) for delta in offsets]
     return Plan(FittedSolver(Artifact(KIND, table)), table["sigmas"])
 
 

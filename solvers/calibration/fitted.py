@@ -15,10 +15,11 @@ from ..kernel import axpy
 from ..method import param, part
 from ..process import ForwardProcess
 from ..solver import Problem, Solver, Step
+from .asking import MOST, asked
 
 KIND = "fitted_solver"
 """Of artifacts: their table has ``sigmas``, n + 1 of them, and ``weights``, for each step those of its predictions, newest
-first, which add up to 1."""
+first, which add up to 1. ``offsets``, if there are any: at which other noise levels the network is asked, see ``asking``."""
 
 
 def midpoint(process: ForwardProcess, times: Sequence[float], t: float) -> list[float]:
@@ -98,6 +99,10 @@ class FittedSolver(Solver):
         return self.calibration.table["sigmas"] if self.calibration is not None else []
 
     @property
+    def offsets(self) -> list[float]:
+        return self.calibration.table.get("offsets", []) if self.calibration is not None else []
+
+    @property
     def span(self) -> int:
         return max(map(len, self.weights), default=2)
 
@@ -117,7 +122,8 @@ class FittedSolver(Solver):
 
     def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: Past) -> Step:
         process = problem.process
-        x0 = problem.denoise(x, s)
+        denoise = asked(problem, self.sigmas, self.offsets) if self.offsets else problem.denoise
+        x0 = denoise(x, s)
         times, made = (*state.times, s)[-self.span :], (*state.made, x0)[-self.span :]
         w = self.shares(process, state.i, times, t)
         mean = mixed(made[::-1], w)
@@ -159,6 +165,13 @@ def _check(calibration: Artifact) -> None:
     for i, row in enumerate(weights):
         if len(row) > i + 1 or abs(sum(row) - 1.0) > 1e-6:
             raise ValueError(f"Fitted solver: step {i + 1} has at most {i + 1} weights, and they must add up to 1.")
+    offsets = calibration.table.get("offsets")
+    if offsets is None:
+        return
+    if not _numbers(offsets) or len(offsets) != len(weights) or offsets[0] != 0.0 or max(map(abs, offsets)) > MOST:
+        raise ValueError(
+            f"Fitted solver: offsets must be one number for each step, the first one 0, and none beyond {MOST:g}."
+        )
 
 
 def _numbers(given: Any) -> bool:

@@ -62,8 +62,8 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
             J = J + torch.einsum("bm,p->bmp", (r2 - r)[: len(J)] - J @ by, by / by.square().sum().clamp(min=1e-20))
             theta, eta, r, rms, radius, most = new, eta + move, r2, rms2, min(radius * 2.0, _FAR), _STALE
             yield Candidate(plan, after, theta, rms)
-            failed = failed + 1 if before - after < _ENOUGH * abs(before) else 0
-        if begun - loss(rms) < 5.0 * _ENOUGH * abs(begun):
+            failed = failed + 1 if loss.error(after) > (1.0 - _ENOUGH) * loss.error(before) else 0
+        if loss.error(loss(rms)) > (1.0 - 5.0 * _ENOUGH) * loss.error(begun):
             return
         radius = min(radius * 16.0, _FIRST)
 

@@ -14,6 +14,7 @@ from ..process import ForwardProcess
 from ..solver import Solver
 from .cohort import Cohort, Running
 from .curve import Curve
+from .decoupled import Decoupled, offsets_of
 from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan
 from .fitted import FittedSolver
 from .least_squares import sequential
@@ -88,7 +89,7 @@ class Search(ABC):
     def run(self) -> Generator[None, None, None]:
         """All of it."""
         names, plans = list(self.starts), list(self.starts.values())
-        made = yield from converge(self.fit, self.process, plans, self.left)
+        made = yield from converge(self.fit, self.process, plans, self.left, self.loss)
         self.teacher_steps, self.teacher_error, off = made
         yield from self.teach()
         yield from teach(self.select, self.process, self.teacher_steps)
@@ -137,9 +138,9 @@ class Search(ABC):
             yield
             if ascent is None:
                 continue
-            for found in refine(self.fit, ascent.family, ascent.theta, self.loss):
+            for found in refine(self.fit, ascent.family, ascent.theta, self.loss.follow):
                 if found is not None:
-                    yield from self._consider(found.plan, found.loss, ascent.label)
+                    yield from self._consider(found.plan, self.loss(found.rms), ascent.label)
                 yield
 
     def _consider(self, plan: Plan, loss: float, label: str) -> Generator[None, None, None]:
@@ -157,26 +158,29 @@ class Search(ABC):
 
 @dataclass
 class ScheduleSearch(Search):
-    """The schedule of a given solver."""
+    """The schedule of a given solver. decouple: with noise levels of its own at which the network is asked."""
 
     solver: Solver = field(default_factory=FittedSolver)
+    decouple: bool = False
 
     def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
         for name, plan in plans.items():
             family = Schedules(self.solver, curve_of(self.process, plan))
-            yield Ascent(name, family, family.theta(plan.times))
+            yield ascent(name, family, family.theta(plan.times), plan, self.decouple)
 
 
 @dataclass
 class SolverSearch(Search):
     """The weights of a fitted solver, with its schedule (``joint``), or on each start's own.
 
-    memory: how many predictions a step mixes. folder: for the teacher's states, if they are large. From every start there are
-    two ways: from its own weights, and from those of ``sequential``; each may end in another minimum.
+    memory: how many predictions a step mixes. decouple: with noise levels of its own at which the network is asked. folder: for
+    the teacher's states, if they are large. From every start there are two ways: from its own weights, and from those of
+    ``sequential``; each may end in another minimum.
     """
 
     memory: int = 10
     joint: bool = True
+    decouple: bool = False
     folder: str = ""
     samples: int = 0
     shape: tuple[int, ...] = ()
@@ -202,12 +206,20 @@ class SolverSearch(Search):
                 losses[way] = self.loss((yield from self.fit.errors(fitted_plan(times, rows))))
             for way in sorted(losses, key=losses.__getitem__):
                 theta = family.theta(times, ways[way]) if isinstance(family, Joint) else family.theta(ways[way])
-                yield Ascent(name + way, family, theta)
+                yield ascent(name + way, family, theta, plan, self.decouple)
 
     def release(self) -> None:
         if self.trajectories is not None:
             self.trajectories.close()
             self.trajectories = None
+
+
+def ascent(label: str, family: Family, theta: np.ndarray, plan: Plan, decouple: bool) -> Ascent:
+    """From parameters of a family, with decoupled times too if wanted, beginning with the plan's."""
+    if not decouple:
+        return Ascent(label, family, theta)
+    wider = Decoupled(family, len(plan.times) - 1, plan.solver.calls > 1)
+    return Ascent(label, wider, wider.theta(theta, offsets_of(plan)))
 
 
 def rows_of(plan: Plan) -> list[list[float]]:

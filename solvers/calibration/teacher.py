@@ -14,9 +14,10 @@ from ..schedules import ExponentialSchedule
 from ..solver import Problem
 from .cohort import Cohort, Running, track
 from .families import Plan
+from .losses import LOSSES, Loss
 from .states import States
 
-STEPS, MOST, SHARE, ROOM = 40, 640, 0.05, 0.8
+STEPS, MOST, SHARE, ROOM = 40, 640, 0.1, 0.8
 
 
 def lesson(process: ForwardProcess, steps: int) -> Plan:
@@ -26,9 +27,13 @@ def lesson(process: ForwardProcess, steps: int) -> Plan:
 
 
 def converge(
-    cohort: Cohort, process: ForwardProcess, students: Sequence[Plan], left: Callable[[], float] = lambda: 1.0
+    cohort: Cohort,
+    process: ForwardProcess,
+    students: Sequence[Plan],
+    left: Callable[[], float] = lambda: 1.0,
+    loss: Loss = LOSSES["rms"],
 ) -> Running:
-    """How many steps the teacher needs, its error then, and the students' errors, all on a few samples.
+    """How many steps the teacher needs, its mean error then, and the students' losses, all on a few samples.
 
     It has enough steps when twice as many change its end by no more than SHARE of what the best student is off, which is the
     error that is going to be made smaller. No more than MOST, nor when less than ROOM of the budget is left.
@@ -41,16 +46,21 @@ def converge(
     while True:
         fine = torch.cat((yield from few.ends(lesson(process, 2 * steps))))
         change, *off = (_apart(x, fine) for x in (coarse, *made))
-        if change <= SHARE * min(off) or 4 * steps > MOST or left() < ROOM:
+        if _mean(change) <= SHARE * min(map(_mean, off)) or 4 * steps > MOST or left() < ROOM:
             cohort.calls += few.calls
-            return steps, change, off
+            return steps, _mean(change), [loss(rms) for rms in off]
         steps, coarse = 2 * steps, fine
 
 
-def _apart(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean RMS difference; infinite where one is not finite."""
-    apart = float((x - y).flatten(1).square().mean(1).sqrt().mean())
-    return apart if math.isfinite(apart) else math.inf
+def _apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """RMS difference of each sample."""
+    return (x - y).flatten(1).square().mean(1).sqrt()
+
+
+def _mean(rms: torch.Tensor) -> float:
+    """Infinite where one is not finite."""
+    mean = float(rms.mean())
+    return mean if math.isfinite(mean) else math.inf
 
 
 def teach(cohort: Cohort, process: ForwardProcess, steps: int) -> Running:

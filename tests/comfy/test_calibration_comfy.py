@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from quickstep_under_test.nodes import artifacts, calibration, calibration_run
@@ -11,12 +12,13 @@ from quickstep_under_test.nodes.attach import attach
 from quickstep_under_test.nodes.bridge import process_of, sampler
 from quickstep_under_test.nodes.calibration import FitSolver, OptimizeSchedule
 from quickstep_under_test.nodes.calibration_found import FoundSchedule, InspectCalibration
+from quickstep_under_test.nodes.calibration_ld3 import LD3
 from quickstep_under_test.nodes.calibration_samples import samples
 from quickstep_under_test.nodes.samplers import NODES
 from quickstep_under_test.solvers.adaptive import DPMSolverAdaptive
 from quickstep_under_test.solvers.artifact import Artifact, load, save
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
-from quickstep_under_test.solvers.calibration import search
+from quickstep_under_test.solvers.calibration import decoupled, search
 from quickstep_under_test.solvers.calibration.fitted import KIND, FittedSolver
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 
@@ -251,3 +253,31 @@ def test_every_sample_has_its_own_prompt(extra):
 def test_more_prompts_take_turns(folder):
     sigmas = schedule(model=models.unet(), prompts={"prompt0": models.conditioning(3)}, cfg=4.0, minutes=0.05)[0]
     assert len(sigmas) == 5
+
+
+def ld3(solver=None, **options):
+    extra = {key: options.pop(key) for key in ("loss", "resume") if key in options}
+    with torch.inference_mode():
+        return LD3.execute(**given(**options), sampler=sampler(solver or DDIM()), **extra).args
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_of_the_network_are_found_kept_and_used(folder, kind):
+    how, sigmas, *_, report = ld3(kind=kind, count=6)
+    plain = calibration.starts(process_of(models.gaussian(kind)), 4, DDIM()).values()
+    usual = min(error(kind, sampler(DDIM()), torch.tensor(plan.times)) for plan in plain)
+    assert error(kind, how, sigmas) < 0.6 * usual  # sigmas alone: 0.94 on the flow
+    found = load(folder / "mine.json", decoupled.KIND)
+    assert found.table["offsets"][0] == 0.0 and any(found.table["offsets"]) and "mine.json" in report
+    node = next(n for n in NODES if n.GET_SCHEMA().node_id == "Quickstep_DecoupledTimes")
+    fresh = node.execute(sampler=sampler(DDIM()), calibration="mine.json").args[0]
+    same, _ = FoundSchedule.execute("mine.json").args
+    assert error(kind, fresh, same) == error(kind, how, sigmas)
+    core = node.execute(sampler=comfy.samplers.sampler_object("euler"), calibration="mine.json").args[0]
+    assert error(kind, core, same) == pytest.approx(error(kind, how, sigmas), rel=1e-3)  # which is DDIM on all models
+    with pytest.raises(ValueError, match="connect the sigmas of the same file"):
+        error(kind, fresh, torch.cat([same[:1], same[1:-1] * 0.9, same[-1:]]))
+    image, text = InspectCalibration.execute("mine.json").args
+    assert "Decoupled times" in text and image.shape == (1, 600, 960, 3)
+    again = ld3(kind=kind, count=6, resume="mine.json", minutes=0.2)
+    assert error(kind, again[0], again[1]) <= error(kind, how, sigmas) * 1.2
