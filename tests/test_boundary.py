@@ -133,6 +133,9 @@ def test_left_after_any_visit_it_has_the_best_so_far():
         most = max(map(len, race.errors.values()))
         able = {i: sum(e) for i, e in race.errors.items() if len(e) == most}
         assert race.best == min(able, key=able.get)
+        first = min(2, most)
+        ran = [sum(e[:first]) / first for e in race.errors.values() if len(e) >= first]
+        assert race.tried == pytest.approx(sorted(ran), rel=1e-6)
     assert Race(whole.references, whole.plan, draw, 12).best is None
     assert list(run(whole).errors[whole.best]) == race.errors[race.best]
 

@@ -121,6 +121,14 @@ class Race:
         """The best of those that have run on most references; in every rung they run in the order of the one before."""
         return min(self.errors, key=lambda i: (-len(self.errors[i]), self.loss(i)), default=None)
 
+    @property
+    def tried(self) -> list[float]:
+        """Mean errors, least first, on the first references, of all that have run on those."""
+        if self.best is None:
+            return []
+        first = min(self.rungs()[0][1], len(self.errors[self.best]))
+        return sorted(LOSSES["rms"](torch.tensor(e[:first])) for e in self.errors.values() if len(e) >= first)
+
     def compared(self, aside: Sequence[Reference]) -> Running:
         """Errors on references kept aside, (1 + RANDOM, references): of the best, and of noises that did not take part."""
         assert self.best is not None
