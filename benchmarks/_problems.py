@@ -134,6 +134,7 @@ class Network:
     kind: str
     pictures: int = 16
     screening: bool = False
+    size: int = 32
     reference: ClassVar[int] = 200
 
     @cached_property
@@ -149,7 +150,8 @@ class Network:
         """Noise, conditionings, and what colour and shape were asked for."""
         seed, clip = SEED + 100 * self.screening, demo.load_clip()
         _, attributes, captions = world.sample(self.pictures, torch.Generator().manual_seed(seed))
-        noise = torch.randn(self.pictures, 3, 32, 32, generator=torch.Generator().manual_seed(seed + 1))
+        shape = (self.pictures, 3, self.size, self.size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1))
         asked = {name: attributes[name] for name in ("colour", "shape")}
         return noise, prompts(clip, captions), prompts(clip, [""]), asked
 
@@ -175,7 +177,8 @@ class Network:
     @lru_cache(maxsize=4)  # noqa: B019 - problems live as long as the program
     def truth(self, cfg: float) -> torch.Tensor:
         """Kept in ``output/``: it is worth several hundred runs of 10 calls."""
-        name = f"reference-{self.kind}-{cfg:g}-{self.pictures}-{SEED + 100 * self.screening}-{self.reference}.pt"
+        size = "" if self.size == 32 else f"-{self.size}px"
+        name = f"reference-{self.kind}{size}-{cfg:g}-{self.pictures}-{SEED + 100 * self.screening}-{self.reference}.pt"
         file = OUTPUT / name
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
@@ -185,18 +188,23 @@ class Network:
         return torch.load(file)
 
     def score(self, made: torch.Tensor, cfg: float) -> dict:
-        right = judging.agreement(self.judge, (made + 1) / 2, self.setting[3])["colour+shape"]
+        shown = (made + 1) / 2
+        if self.size != 32:
+            shown = torch.nn.functional.interpolate(shown, (32, 32), mode="area")
+        right = judging.agreement(self.judge, shown, self.setting[3])["colour+shape"]
         return {**errors(made, self.truth(cfg)), "right": right}
 
 
 def errors(made: torch.Tensor, truth: torch.Tensor) -> dict:
-    """Mean and median over samples of the RMS error; ``tune`` and ``held``: the mean over either half of the samples.
+    """Mean, median and ``geometric`` mean over samples of the RMS error; ``tune`` and ``held``: the mean over either half of the
+    samples.
 
     The best of many candidates is chosen by ``tune`` and reported by ``held``, or the luck of the draw would be reported.
     """
     each = torch.tensor(rms_per_sample(made, truth))
     half = len(each) // 2
     found = {"mean": each.mean(), "median": each.median(), "tune": each[:half].mean(), "held": each[half:].mean()}
+    found["geometric"] = each.clamp(min=1e-9).log().mean().exp()
     return {key: float(value) for key, value in found.items()}
 
 
