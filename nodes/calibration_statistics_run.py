@@ -59,7 +59,7 @@ class Course:
         self,
         running: Generator[Any, None, Any],
         each: int,
-        drawn: Callable[[Any], Image.Image | None] | None = None,
+        drawn: Callable[[Any], Image.Image] | None = None,
     ) -> Any:
         """What it returns; a visit is ``each`` calls. drawn: a picture of what it yields, if that is not None."""
         while True:

@@ -214,12 +214,12 @@ class MeasureEpsilonScaling(io.ComfyNode):
 
 
 def factors_drawn(process: ForwardProcess, measured: Norms, *kept: plot.Series):
-    """The measured ratios and the factors that are kept; None if there is neither."""
+    """The measured ratios, if there are any, and the factors that are kept."""
     series = list(kept)
     if measured.times:
         series.insert(0, ("measured", [process.lam(t) for t in measured.times], measured.ratio.tolist()))
     title, x_label = "Predicted noise, too large by", "lambda = log(alpha / sigma)"
-    return plot.line_plot(series, title, x_label, "factor") if series else None
+    return plot.line_plot(series, title, x_label, "factor")
 
 
 def _around(transform, sampler) -> tuple:

@@ -69,7 +69,7 @@ def estimate(
         raise ValueError("Model statistics are measured at three or more increasing values of lambda.")
     few, fine = _means(reduce), _means(drift)
     samples, found, done = sum(len(part.x0) for part in parts), [], 0
-    mean = sum(fine(part.x0.double()) * (len(part.x0) / samples) for part in parts)
+    mean = torch.stack([fine(part.x0.double()) * (len(part.x0) / samples) for part in parts]).sum(0)
 
     def fitted() -> ModelStatistics:
         """Of the levels that were measured."""
@@ -79,7 +79,7 @@ def estimate(
             squares = squares.flatten(3).mean(3)
         covariance, known = (second - squares).numpy(), np.array(lam[: len(found)])
         l, s, b = _fit(known, 1.0 - J.numpy(), first.numpy(), covariance, round(smooth / (lam[1] - lam[0])))
-        return ModelStatistics(*(torch.from_numpy(v) for v in (known, l, s, b)), mean)
+        return ModelStatistics(*map(torch.from_numpy, (known, l, s, b)), mean=mean)
 
     for at in lam:
         sums: list[Any] = [0.0, 0.0, 0.0]

@@ -70,7 +70,9 @@ class Norms(NamedTuple):
         return self.own / np.maximum(self.forward, 1e-12)
 
 
-def norms(parts: Sequence[Part], process: ForwardProcess, plan: Plan, seed: int = 0) -> Generator[Norms, None, Norms]:
+def norms(
+    parts: Sequence[Part], process: ForwardProcess, plan: Plan, seed: int = 0
+) -> Generator[Norms | None, None, Norms]:
     """``Norms`` of the calls of a run, but where sigma / alpha is above ``RHO_MAX``; two runs' calls for each part. Yields those
     of the parts so far."""
     own, forward, times = np.zeros(1), np.zeros(1), []
@@ -97,7 +99,7 @@ def norms(parts: Sequence[Part], process: ForwardProcess, plan: Plan, seed: int 
         times = sorted(seen, reverse=True)
         both = np.array([seen[t] for t in times]).reshape(-1, 2)
         own, forward = own + both[:, 0], forward + both[:, 1]
-        yield Norms(times, own, forward)
+        yield Norms(times, own, forward) if times else None
     return Norms(times, own, forward)
 
 

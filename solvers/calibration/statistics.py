@@ -57,7 +57,7 @@ def levels(process: ForwardProcess, count: int, margin: float = 0.0) -> list[flo
     return np.linspace(low + margin, high - margin, count).tolist()
 
 
-def over(lam: Sequence[float], values: np.ndarray, at: float) -> np.ndarray:
+def over(lam: Sequence[float] | np.ndarray, values: np.ndarray, at: float) -> np.ndarray:
     """Values (n, *element) on increasing ``lam``, at another lambda: linear between them, constant beyond."""
     i = int(np.clip(np.searchsorted(lam, at) - 1, 0, len(lam) - 2))
     share = float(np.clip((at - lam[i]) / (lam[i + 1] - lam[i]), 0.0, 1.0))
