@@ -124,6 +124,7 @@ def proposed(name: str):
 PLAIN = {"sampler": sampler(DPMSolverPP())}
 CALIBRATIONS: dict[str, Callable[[Cell, float, str], Found]] = {
     "Fit Solver": made_by(calibration.FitSolver),
+    "Fit Solver, not decoupled": made_by(calibration.FitSolver, decouple=False),
     "Curvature, 2M": made_by(proposed("Curvature"), **PLAIN),
     "LD3, 2M": made_by(LD3, **PLAIN),
     "Optimize Schedule, 2M": made_by(calibration.OptimizeSchedule, **PLAIN),
@@ -149,7 +150,7 @@ def usual(cell: Cell, keep: int) -> Iterator[tuple[str, str, object, torch.Tenso
     within_it = (r for r in screened if r["nfe"] == nearest and r["calls"] <= nearest)
     ranked = sorted(within_it, key=lambda r: r["mean"])
     for side in (CORE, QUICKSTEP):
-        for r in [r for r in ranked if r["side"] == side][:keep]:
+        for r in [r for r in ranked if r["side"] == side][: keep if side == CORE else 2]:
             candidate = samplers()[r["candidate"]]
             sigmas = within(candidate, r["schedule"], made[r["schedule"]], cell.steps)
             if sigmas is not None:
@@ -224,7 +225,7 @@ def main() -> None:
         "--only", nargs="*", default=[], metavar="WORD", help="calibrations whose name has one of these words"
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="for each calibration")
-    parser.add_argument("--keep", type=int, default=5, help="usual pairs of each side")
+    parser.add_argument("--keep", type=int, default=5, help="usual pairs of core, and 2 of Quickstep")
     options = parser.parse_args()
     if options.quick:
         options.networks, options.steps, options.cfg = ["unet", "dit"], [8, 5, 10, 6], [4.0]

@@ -188,7 +188,8 @@ class FitSolver(io.ComfyNode):
     """Fits a sampler to your model: the weights with which each step mixes its predictions, and the sigmas with them.
 
     A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
-    squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas.
+    squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas and, with
+    ``decouple``, with the noise levels that the network is told (LD3).
     Needs no gradients. The start is the best of four usual samplers (DPM-Solver++ 2M, DEIS, UniPC, ER-SDE without noise) on the
     usual schedules, and what is kept is never worse than it on samples that the fit has not seen; ``report`` says how much
     better it is on others still.
@@ -222,6 +223,13 @@ class FitSolver(io.ComfyNode):
                     tooltip="How many predictions a step mixes at most. Lower it, to 3, for more than 12 steps or few minutes.",
                 ),
                 resume(fitted.KIND),
+                io.Boolean.Input(
+                    "decouple",
+                    default=True,
+                    tooltip="Also find for each call the noise level that the network is told, as LD3 does. Without, there is less "
+                    "to fit: for few samples.",
+                    advanced=True,
+                ),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="To fit weights on these sigmas, which then stay."),
                 MORE,
             ],
@@ -231,7 +239,7 @@ class FitSolver(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent, cfg, steps, samples, minutes, seed, name, loss="rms", memory=10,
-        resume=artifacts.NONE, sigmas=None, prompts=None,
+        resume=artifacts.NONE, decouple=True, sigmas=None, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Fit Solver")
         process = process_of(model)
@@ -252,7 +260,7 @@ class FitSolver(io.ComfyNode):
             )
         fit, select, report = given.split(samples)
         search = SolverSearch(
-            process, fit, select, report, begun, resumed, LOSSES[loss], memory=memory, joint=sigmas is None,
+            process, fit, select, report, begun, resumed, LOSSES[loss], memory=memory, joint=sigmas is None, decouple=decouple,
             folder=folder_paths.get_temp_directory(), samples=samples, shape=given.shape,
         )  # fmt: skip
         pursuit = Pursuit(search, given, minutes, fitted.KIND, FittedSolver.id, {}, path(name, ".json", "Fit Solver"))
