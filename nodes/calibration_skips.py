@@ -199,14 +199,14 @@ def in_words(made: SkipSearch) -> str:
         f"A run costs {extra['kept']:.1%} of the work of {made.allowance.steps} whole steps; {made.tried} sets of parts were tried."
     ]
     if made.whole_label:
-        better = made.whole_select < made.select_loss
+        found, whole = map(made.loss.error, (made.select_loss, made.whole_select))
         lines.append(
-            f"On the samples that select, the loss is {made.select_loss:.4f}, and with the whole network in fewer steps "
-            f"({made.whole_label}) {made.whole_select:.4f}."
+            f"On the samples that select, the error is {found:.4f}, and with the whole network in fewer steps ({made.whole_label}) "
+            f"{whole:.4f}."
         )
         lines.append(
             "FEWER WHOLE STEPS ARE BETTER at this budget: use those, with nothing left out."
-            if better
+            if whole < found
             else "So leaving parts out is better here. Optimize Schedule would improve the sigmas of the fewer steps too."
         )
     return "\n".join(lines)

@@ -74,9 +74,9 @@ class SkipSearch(Search):
     def _sigmas(self, plan: Plan, label: str, least: float) -> Generator[None, None, None]:
         """Better ones with the plan's sets, as long as more than ``least`` of the time is left."""
         family = Schedules(plan.solver, curve_of(self.process, plan))
-        for found in refine(self.fit, family, family.theta(plan.times), self.loss):
+        for found in refine(self.fit, family, family.theta(plan.times), self.loss.follow):
             if found is not None:
-                yield from self._consider(found.plan, found.loss, label)
+                yield from self._consider(found.plan, self.loss(found.rms), label)
             yield
             if self.left() < least:
                 return
