@@ -176,8 +176,26 @@ def test_little_to_search_is_no_error(options):
     assert made.tried == (15 if "steps" in options else 0)
 
 
+@pytest.mark.parametrize(("left", "tried"), [(0.1, 0), (0.3, 8), (1.0, 8)])
+def test_turns_end_by_the_time_that_is_left(left, tried):
+    made = run(search(tries=8, left=lambda: left))
+    assert made.tried == tried and made.after is not None
+
+
+def test_optuna_is_told_the_losses(monkeypatch):
+    optuna, studies = engine.needed("optuna"), []
+    real = optuna.create_study
+    monkeypatch.setattr(optuna, "create_study", lambda **given: studies.append(real(**given)) or studies[-1])
+    made = run(search(tries=12))
+    told = [trial.value for one in studies for trial in one.trials if trial.value is not None]
+    better = {t.label: t.fit for t in made.trials if t.label.startswith("sets")}
+    assert len(studies) == 2 and len(told) == 12 and len(better) > 2
+    for label, fit in better.items():
+        assert told[int(label.split()[-1]) - 1] == fit
+
+
 def test_it_stops_at_any_time_with_the_network_whole_and_a_valid_plan():
-    for stop in (8, 20, 60):
+    for stop in (8, 45):
         made = search()
         running = made.run()
         for _ in range(stop):
