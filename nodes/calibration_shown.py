@@ -28,7 +28,7 @@ WORDS = {
     ),
     decoupled.KIND: (
         "Sigmas of a schedule, and the noise levels at which the network is asked",
-        "Use Decoupled times around that sampler and Found Schedule, both with this file; for other CFG scales calibrate again.",
+        "Use Decoupled times and Found Schedule with this file, with that sampler; for other CFG scales calibrate again.",
     ),
     usf_table.KIND: (
         "A solver schedule: how each step is made",
