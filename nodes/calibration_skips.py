@@ -52,6 +52,12 @@ class SearchAutoDiffusion(io.ComfyNode):
     Fewer whole steps save work too, and few-step samplers are good at it: ``report`` says what as many whole steps as the budget
     pays for would give on the best usual schedule, and if that is better, says so. Then take those.
 
+    Measured with DPM-Solver++ 2M, 8 steps, CFG 4, 8 samples and 4 minutes on a shared core: fewer whole steps were better on both
+    demo networks. DiT, budget 0.8, 220 sets tried: 0.180 with parts left out, 0.104 with 6 whole steps. UNet, budget 0.9, 27
+    sets tried: 0.118, and 0.051 with 7 whole steps. All attention and feed-forward layers of that UNet are 19 % of its work, so
+    0.8 cannot be met there. Against leaving out what the scores say, the search lowered the error on samples kept aside to 0.90
+    (DiT) and 0.98 (UNet). Large networks, where single blocks matter less, were not measured.
+
     Samplers of one network call for each sigma only. Needs the Python package optuna, which does not come with ComfyUI.
 
     Source: Li et al. (2023), arXiv:2309.10438 (AutoDiffusion); the error, the turns and the repair are this pack's own.

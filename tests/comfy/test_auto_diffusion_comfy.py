@@ -72,7 +72,7 @@ def searched(network: str, model=None, solver=None, **options):
 def made(name: str, model) -> Artifact:
     """A plan for two steps."""
     units = [{"name": p, "whole": name == "flux", "work": 0.1, "scores": [0.1]} for p in PARTS[name]]
-    table = {"sigmas": [3.0, 2.0, 0.0], "left_out": [PARTS[name][:2], []], "units": units}
+    table = {"sigmas": [3.0, 2.0, 0.0], "left_out": [PARTS[name][:2], PARTS[name][2:]], "units": units}
     return Artifact(KIND, table, found_for=FoundFor(model=fingerprint(model)))
 
 
@@ -177,6 +177,9 @@ def test_other_sigmas_are_computed_whole_and_that_is_said(scored):
     other = torch.tensor([5.0, 1.0, 0.0])
     assert torch.equal(picture(on, "unet", other), picture(model, "unet", other))
     assert "calls at other sigmas than those of its file" in attach.ledger_of(on).runs[-1].line()
+    picture(on, "unet", torch.tensor([3.0, 2.0, 0.0]))
+    assert attach.ledger_of(on).runs[-1].work == pytest.approx(1.0 - (0.2 + 0.1) / 2)  # each step its own
+    assert "other sigmas" not in attach.ledger_of(on).runs[-1].line()
 
 
 def test_what_cannot_be_searched_is_refused_before_any_call(scored, caplog):
