@@ -124,7 +124,7 @@ def proposed(name: str):
 PLAIN = {"sampler": sampler(DPMSolverPP())}
 CALIBRATIONS: dict[str, Callable[[Cell, float, str], Found]] = {
     "Fit Solver": made_by(calibration.FitSolver),
-    "Fit Solver, not decoupled": made_by(calibration.FitSolver, decouple=False),
+    "Weights and sigmas alone": made_by(calibration.FitSolver, decouple=False, rescale=False),
     "Curvature, 2M": made_by(proposed("Curvature"), **PLAIN),
     "LD3, 2M": made_by(LD3, **PLAIN),
     "Optimize Schedule, 2M": made_by(calibration.OptimizeSchedule, **PLAIN),

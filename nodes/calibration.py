@@ -188,11 +188,11 @@ class FitSolver(io.ComfyNode):
     """Fits a sampler to your model: the weights with which each step mixes its predictions, and the sigmas with them.
 
     A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
-    squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas and, with
-    ``decouple``, with the noise levels that the network is told (LD3).
-    Needs no gradients. The start is the best of four usual samplers (DPM-Solver++ 2M, DEIS, UniPC, ER-SDE without noise) on the
-    usual schedules, and what is kept is never worse than it on samples that the fit has not seen; ``report`` says how much
-    better it is on others still.
+    squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas, the
+    sizes of what a step is made of (``rescale``), and the noise levels that the network is told (``decouple``, as in LD3). Needs
+    no gradients. The start is the best of four usual samplers (DPM-Solver++ 2M, DEIS, UniPC, ER-SDE without noise) on the usual
+    schedules, and what is kept is never worse than it on samples that the fit has not seen; ``report`` says how much better it
+    is on others still.
 
     The result is for this number of steps and guidance scale; other prompts and seeds are served as well. Use both outputs,
     ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the same file. Interrupt at any time: the
@@ -230,6 +230,13 @@ class FitSolver(io.ComfyNode):
                     "to fit: for few samples.",
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "rescale",
+                    default=True,
+                    tooltip="Also find for each step how much of the sample and of the predictions it takes, which usual samplers "
+                    "keep as they must be for constant predictions.",
+                    advanced=True,
+                ),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="To fit weights on these sigmas, which then stay."),
                 MORE,
             ],
@@ -239,7 +246,7 @@ class FitSolver(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent, cfg, steps, samples, minutes, seed, name, loss="rms", memory=10,
-        resume=artifacts.NONE, decouple=True, sigmas=None, prompts=None,
+        resume=artifacts.NONE, decouple=True, rescale=True, sigmas=None, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Fit Solver")
         process = process_of(model)
@@ -256,11 +263,14 @@ class FitSolver(io.ComfyNode):
         if found is not None:
             FittedSolver(found)  # refuses damaged ones
             resumed = fitted_plan(
-                sigmas_of(found, steps, "Fit Solver"), found.table["weights"], found.table.get("offsets")
+                sigmas_of(found, steps, "Fit Solver"),
+                found.table["weights"],
+                *(found.table.get(name) for name in ("offsets", "scales")),
             )
         fit, select, report = given.split(samples)
         search = SolverSearch(
-            process, fit, select, report, begun, resumed, LOSSES[loss], memory=memory, joint=sigmas is None, decouple=decouple,
+            process, fit, select, report, begun, resumed, LOSSES[loss], memory=memory, joint=sigmas is None,
+            rescale=rescale, decouple=decouple,
             folder=folder_paths.get_temp_directory(), samples=samples, shape=given.shape,
         )  # fmt: skip
         pursuit = Pursuit(search, given, minutes, fitted.KIND, FittedSolver.id, {}, path(name, ".json", "Fit Solver"))

@@ -82,9 +82,9 @@ class Pursuit:
         search, plan = self.search, self.search.best
         assert plan is not None
         table: dict[str, Any] = {"sigmas": [float(t) for t in plan.times]}
-        if isinstance(plan.solver, FittedSolver):
-            table["weights"] = plan.solver.weights
-        if isinstance(plan.solver, FittedSolver | Asked) and plan.solver.offsets:
+        if isinstance(plan.solver, FittedSolver) and plan.solver.calibration is not None:
+            table |= {name: values for name, values in plan.solver.calibration.table.items() if name != "sigmas"}
+        if isinstance(plan.solver, Asked):
             table["offsets"] = list(plan.solver.offsets)
         table |= {
             "network": type(self.samples.model.model).__name__,

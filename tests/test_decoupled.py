@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from quickstep_under_test.solvers.calibration.decoupled import (
     levels,
     offsets_of,
 )
-from quickstep_under_test.solvers.calibration.families import Joint, Schedules, fitted_plan
+from quickstep_under_test.solvers.calibration.families import Joint, Plan, Schedules, Weights, fitted_plan
 from quickstep_under_test.solvers.calibration.fitted import FittedSolver
 from quickstep_under_test.solvers.calibration.levenberg import refine
 from quickstep_under_test.solvers.calibration.losses import LOSSES
+from quickstep_under_test.solvers.calibration.wider import Rescaled
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
@@ -121,7 +123,7 @@ def test_the_search_finds_them(process):
     curve = Curve(process, process.t_max, process.t_min, N)
     inner = Schedules(DDIM(), curve)
     family = Decoupled(inner, N)
-    begin = family.theta(inner.theta(times), [0.0] * N)
+    begin = family.begin(inner.theta(times), Plan(DDIM(), times))
     found = [c for c in drained(refine(cohort, family, begin, LOSSES["rms"])) if c is not None]
     plain = [c for c in drained(refine(cohort, inner, inner.theta(times), LOSSES["rms"])) if c is not None]
     assert found[-1].loss < 0.02 * found[0].loss and found[-1].loss < 0.2 * plain[-1].loss
@@ -138,7 +140,8 @@ def test_derivatives_repeat_only_the_steps_they_must(stages):
     times, x = times_of(VE), begun(VE)
     inner = Schedules(solver, Curve(VE, VE.t_max, VE.t_min, N))
     family = Decoupled(inner, N, solver.calls > 1)
-    eta = family.natural(family.theta(inner.theta(times), [0.0, 0.1, -0.1, 0.2, 0.05]))
+    begun_with = Plan(Asked(solver, tuple(times), (0.0, 0.1, -0.1, 0.2, 0.05)), times)
+    eta = family.natural(family.begin(inner.theta(times), begun_with))
     cohort = Cohort([lambda visit: visit(exact(VE), x)], [torch.zeros_like(x)])
     J = end(cohort.jacobian(family, eta))
     for q, h in enumerate(family.delta):
@@ -217,9 +220,47 @@ def test_one_step_has_nothing_to_decouple():
     times = [VE.t_max, 0.0]
     inner = Schedules(DDIM(), Curve(VE, VE.t_max, VE.t_min, 1))
     family = Decoupled(inner, 1)
-    eta = family.natural(family.theta(inner.theta(times), [0.0]))
+    eta = family.natural(family.begin(inner.theta(times), Plan(DDIM(), times)))
     assert len(eta) == 0 and family.slope(np.zeros(1)).shape == (0, 1)
     plan = family.plan(eta)
     assert torch.equal(
         sample(exact(VE), plan.solver, begun(VE), plan.times), sample(exact(VE), DDIM(), begun(VE), times)
     )
+
+
+ROWS = [[1.02], [1.5, -0.52], [1.4, -0.3, -0.08], [1.2, -0.2, 0.0], [0.99, 0.0, 0.0]]
+SCALES = [1.01, 0.98, 1.03, 0.99, 1.0]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_scales_are_factors_of_the_sample(process):
+    times, x = times_of(process), begun(process)
+    plan = fitted_plan(times, ROWS, scales=SCALES)
+    seen, at = [], x
+    problem = exact(process)
+    for i, (s, t) in enumerate(pairwise(times)):
+        seen.insert(0, problem.denoise(at, s))
+        mean = sum(w * D for w, D in zip(ROWS[i], seen, strict=False))
+        q = process.sigma(t) / process.sigma(s)
+        at = SCALES[i] * q * at + (process.alpha(t) - q * process.alpha(s)) * mean
+    assert torch.allclose(sample(problem, plan.solver, x, times), at, atol=1e-10)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_search_finds_scales(process):
+    times, x = times_of(process), begun(process, 12)
+    target = fitted_plan(times, ROWS, scales=SCALES)
+    cohort = Cohort([lambda visit: visit(exact(process), x)], [sample(exact(process), target.solver, x, times)])
+    inner = Weights(tuple(times), 3)
+    family = Rescaled(inner, N)
+    start = fitted_plan(times, [[w / sum(row) for w in row] for row in ROWS])
+    begin = family.begin(inner.theta(start.solver.weights), start)
+    assert family.numbers(start) == pytest.approx([0.0] * (2 * N - 1))
+    found = [c for c in drained(refine(cohort, family, begin, LOSSES["rms"])) if c is not None]
+    assert found[-1].loss < 0.02 * found[0].loss
+    exactly = family.plan(family.natural(family.begin(inner.theta(ROWS), target)))
+    assert np.allclose(exactly.solver.scales, SCALES) and all(map(np.allclose, exactly.solver.weights, ROWS))
+    table = target.solver.calibration.table
+    for wrong in ([1.0], [0.0] * N, "no"):
+        with pytest.raises(ValueError, match="scales must be one number above 0"):
+            FittedSolver(Artifact(target.solver.calibration.kind, {**table, "scales": wrong}))

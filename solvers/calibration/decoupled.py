@@ -16,8 +16,9 @@ from ..process import RectifiedFlow, VarianceExploding
 from ..solver import Denoise, Problem, SameCost, Solver, Step
 from ..transform import Transform
 from .asking import MOST, asked
-from .families import Family, Plan, fitted_plan
+from .families import Plan, fitted_plan
 from .fitted import FittedSolver
+from .wider import Wider
 
 KIND = "decoupled_schedule"
 """Of artifacts: their table has ``sigmas``, n + 1 of them, and ``offsets``, one for each of the first n, in log noise-to-signal."""
@@ -97,52 +98,27 @@ class Asked(SameCost):
 
 
 @dataclass(frozen=True)
-class Decoupled(Family):
-    """Another family's runs with decoupled times: its parameters, then one for each inner time,
+class Decoupled(Wider):
+    """Another family's runs with decoupled times: an offset for each inner one, smaller than ``MOST``."""
 
-    delta_i = MOST tanh(theta_i / MOST).
-    """
-
-    inner: Family
-    n: int
-    stages: bool = False
-    """Whether the network is called between times too, with an offset between theirs."""
+    most: float = MOST
 
     @property
-    def since(self) -> list[int]:
-        return [*self.inner.since, *(i if self.stages else i + 1 for i in range(self.n - 1))]
+    def begins(self) -> list[int]:
+        # Between two times the network is asked with an offset between theirs.
+        return [i if self.stages else i + 1 for i in range(self.n - 1)]
 
-    @property
-    def delta(self) -> np.ndarray:
-        return np.concatenate([self.inner.delta, np.full(self.n - 1, 0.02)])
+    def numbers(self, plan: Plan) -> list[float]:
+        return offsets_of(plan)[1:]
 
-    def natural(self, theta: np.ndarray) -> np.ndarray:
-        at = len(theta) - (self.n - 1)
-        return np.concatenate([self.inner.natural(theta[:at]), MOST * np.tanh(theta[at:] / MOST)])
-
-    def slope(self, theta: np.ndarray) -> np.ndarray:
-        at = len(theta) - (self.n - 1)
-        inner = self.inner.slope(theta[:at])
-        whole = np.zeros((inner.shape[0] + self.n - 1, len(theta)))
-        whole[: inner.shape[0], :at] = inner
-        whole[inner.shape[0] :, at:] = np.diag(1.0 - np.tanh(theta[at:] / MOST) ** 2)
-        return whole
-
-    def plan(self, eta: np.ndarray) -> Plan:
-        at = len(eta) - (self.n - 1)
-        solver, times = self.inner.plan(eta[:at])
-        return decoupled(solver, times, [0.0, *map(float, eta[at:])])
-
-    def theta(self, inner: np.ndarray, offsets: Sequence[float]) -> np.ndarray:
-        """Of the inner family's parameters, and given offsets."""
-        share = np.clip(np.array(offsets[1:], dtype=np.float64) / MOST, -0.999, 0.999)
-        return np.concatenate([inner, MOST * np.arctanh(share)])
+    def changed(self, plan: Plan, numbers: list[float]) -> Plan:
+        return decoupled(plan.solver, plan.times, [0.0, *numbers])
 
 
 def decoupled(solver: Solver, times: Sequence[float], offsets: Sequence[float]) -> Plan:
     """A run with these offsets; a fitted solver keeps them itself."""
     if isinstance(solver, FittedSolver):
-        return fitted_plan(times, solver.weights, offsets)
+        return fitted_plan(times, solver.weights, offsets, solver.scales or None)
     return Plan(Asked(solver, tuple(times), tuple(offsets)), list(times))
 
 

@@ -176,12 +176,16 @@ class Joint(Family):
 
 
 def fitted_plan(
-    times: Sequence[float], rows: Sequence[Sequence[float]], offsets: Sequence[float] | None = None
+    times: Sequence[float],
+    rows: Sequence[Sequence[float]],
+    offsets: Sequence[float] | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Plan:
-    """A fitted solver with these weights, newest first, on its times, and with decoupled ones if there are offsets."""
+    """A fitted solver with these weights, newest first, on its times, and with offsets and scales if there are any."""
     table: dict[str, Any] = {"sigmas": [float(t) for t in times], "weights": [list(row) for row in rows]}
-    if offsets is not None:
-        table["offsets"] = [float(delta) for delta in offsets]
+    for name, values in (("offsets", offsets), ("scales", scales)):
+        if values is not None:
+            table[name] = [float(value) for value in values]
     return Plan(FittedSolver(Artifact(KIND, table)), table["sigmas"])
 
 

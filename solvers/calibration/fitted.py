@@ -19,7 +19,8 @@ from .asking import MOST, asked
 
 KIND = "fitted_solver"
 """Of artifacts: their table has ``sigmas``, n + 1 of them, and ``weights``, for each step those of its predictions, newest
-first, which add up to 1. ``offsets``, if there are any: at which other noise levels the network is asked, see ``asking``."""
+first, which add up to 1 unless there are ``scales``, one for each step. ``offsets``, if there are any: at which other noise levels
+the network is asked, see ``asking``."""
 
 
 def midpoint(process: ForwardProcess, times: Sequence[float], t: float) -> list[float]:
@@ -52,7 +53,9 @@ class FittedSolver(Solver):
 
     D_j being the newest predictions, and i the number of the step: each has weights of its own. That they add up to 1 keeps
     constant predictions solved exactly, on all models and from pure noise on; it is the general linear multistep method with
-    that property. The last step to 0 mixes predictions too.
+    that property. The last step to 0 mixes predictions too. Files that Fit Solver made with ``rescale`` have weights that add
+    up to nearly 1, and a factor a_i near 1 before x_s; those made with ``decouple`` ask the network at slightly other noise levels
+    than sigma_s, as *Decoupled times* does.
 
     Few numbers, so other prompts and seeds of the same model are served as well as those of the fit. They are wrong for other
     numbers of steps, and have to be fitted anew for other guidance scales. One network call per step.
@@ -103,6 +106,10 @@ class FittedSolver(Solver):
         return self.calibration.table.get("offsets", []) if self.calibration is not None else []
 
     @property
+    def scales(self) -> list[float]:
+        return self.calibration.table.get("scales", []) if self.calibration is not None else []
+
+    @property
     def span(self) -> int:
         return max(map(len, self.weights), default=2)
 
@@ -131,7 +138,8 @@ class FittedSolver(Solver):
         if t == 0.0:
             return Step(mean, mean, after)
         q = process.sigma(t) / process.sigma(s)
-        return Step(axpy(x * q, mean, process.alpha(t) - q * process.alpha(s)), x0, after)
+        scale = self.scales[state.i] if state.i < len(self.scales) else 1.0
+        return Step(axpy(x * (q * scale), mean, process.alpha(t) - q * process.alpha(s)), x0, after)
 
     def shares(self, process: ForwardProcess, i: int, times: Sequence[float], t: float) -> list[float]:
         """Weights of the predictions made at ``times`` (newest last) for step i, to t; newest first."""
@@ -162,9 +170,12 @@ def _check(calibration: Artifact) -> None:
         raise ValueError("Fitted solver: the file must hold a list of sigmas, and a list of weights for each step.")
     if len(weights) != len(sigmas) - 1 or any(b >= a for a, b in pairwise(sigmas)):
         raise ValueError("Fitted solver: the file must hold decreasing sigmas, one more than lists of weights.")
+    scales = calibration.table.get("scales")
     for i, row in enumerate(weights):
-        if len(row) > i + 1 or abs(sum(row) - 1.0) > 1e-6:
+        if len(row) > i + 1 or (scales is None and abs(sum(row) - 1.0) > 1e-6):
             raise ValueError(f"Fitted solver: step {i + 1} has at most {i + 1} weights, and they must add up to 1.")
+    if scales is not None and (not _numbers(scales) or len(scales) != len(weights) or min(scales) <= 0.0):
+        raise ValueError("Fitted solver: scales must be one number above 0 for each step.")
     offsets = calibration.table.get("offsets")
     if offsets is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ from ..process import ForwardProcess
 from ..solver import Solver
 from .cohort import Cohort, Running
 from .curve import Curve
-from .decoupled import Decoupled, offsets_of
+from .decoupled import Decoupled
 from .families import Family, Joint, Plan, Schedules, Weights, fitted_plan
 from .fitted import FittedSolver
 from .least_squares import sequential
 from .levenberg import refine
 from .losses import LOSSES, Loss
 from .teacher import Trajectories, converge, teach
+from .wider import Rescaled, Wider
 
 FINALISTS, CLIMBS = 4, 3
 """How many starts are compared on all samples, all being so on a few; and how many are improved."""
@@ -166,20 +167,21 @@ class ScheduleSearch(Search):
     def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
         for name, plan in plans.items():
             family = Schedules(self.solver, curve_of(self.process, plan))
-            yield ascent(name, family, family.theta(plan.times), plan, self.decouple)
+            yield ascent(name, family, family.theta(plan.times), plan, [Decoupled] if self.decouple else [])
 
 
 @dataclass
 class SolverSearch(Search):
     """The weights of a fitted solver, with its schedule (``joint``), or on each start's own.
 
-    memory: how many predictions a step mixes. decouple: with noise levels of its own at which the network is asked. folder: for
-    the teacher's states, if they are large. From every start there are two ways: from its own weights, and from those of
-    ``sequential``; each may end in another minimum.
+    memory: how many predictions a step mixes. rescale, decouple: also the sizes of what a step is made of, and the noise levels at
+    which the network is asked. folder: for the teacher's states, if they are large. From every start there are two ways: from its
+    own weights, and from those of ``sequential``; each may end in another minimum.
     """
 
     memory: int = 10
     joint: bool = True
+    rescale: bool = False
     decouple: bool = False
     folder: str = ""
     samples: int = 0
@@ -192,6 +194,7 @@ class SolverSearch(Search):
 
     def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
         assert self.trajectories is not None
+        kinds = [*[Rescaled] * self.rescale, *[Decoupled] * self.decouple]
         for name, plan in plans.items():
             curve, times = curve_of(self.process, plan), plan.times
             if self.joint:
@@ -206,7 +209,8 @@ class SolverSearch(Search):
                 losses[way] = self.loss((yield from self.fit.errors(fitted_plan(times, rows))))
             for way in sorted(losses, key=losses.__getitem__):
                 theta = family.theta(times, ways[way]) if isinstance(family, Joint) else family.theta(ways[way])
-                yield ascent(name + way, family, theta, plan, self.decouple)
+                begin = plan if way == "" else fitted_plan(times, ways[way])
+                yield ascent(name + way, family, theta, begin, kinds)
 
     def release(self) -> None:
         if self.trajectories is not None:
@@ -214,12 +218,12 @@ class SolverSearch(Search):
             self.trajectories = None
 
 
-def ascent(label: str, family: Family, theta: np.ndarray, plan: Plan, decouple: bool) -> Ascent:
-    """From parameters of a family, with decoupled times too if wanted, beginning with the plan's."""
-    if not decouple:
-        return Ascent(label, family, theta)
-    wider = Decoupled(family, len(plan.times) - 1, plan.solver.calls > 1)
-    return Ascent(label, wider, wider.theta(theta, offsets_of(plan)))
+def ascent(label: str, family: Family, theta: np.ndarray, begin: Plan, kinds: Sequence[type[Wider]]) -> Ascent:
+    """From parameters of a family, and of those wider by ``kinds``, with the numbers of ``begin``."""
+    for kind in kinds:
+        family = kind(family, len(begin.times) - 1, begin.solver.calls > 1)
+        theta = family.begin(theta, begin)
+    return Ascent(label, family, theta)
 
 
 def rows_of(plan: Plan) -> list[list[float]]:

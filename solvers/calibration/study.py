@@ -183,7 +183,7 @@ class Study:
         rows = tuple(replace(row, sigma=None) for row in table.steps)
         family = Schedules(USF(Table(rows).text()), self.space.curve(len(rows)))
         best, lowest = None, trial.user_attrs["select"]
-        for found in refine(self.fit, family, family.theta(table.sigmas), self.loss.follow):
+        for found in refine(self.fit, family, family.theta(table.sigmas), self.loss):
             self.tick()
             if self.left() <= 0.0:
                 break
@@ -193,7 +193,7 @@ class Study:
                     best, lowest = found, select
         if best is not None:
             moved = {f"time{i}": float(p) for i, p in enumerate(best.theta - best.theta.mean(), 1)}
-            self._add({**values, **moved}, self.loss(best.rms), best.rms, lowest)
+            self._add({**values, **moved}, best.loss, best.rms, lowest)
 
     def measure(self) -> None:
         """The best start, and the best of all, on samples kept aside."""
