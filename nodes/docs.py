@@ -94,15 +94,20 @@ def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def methods(nodes: list) -> str:
-    """The README's table of methods, one row per node derived from one."""
+    """The README's table of methods: one row per node derived from one, and per calibration."""
     rows = []
     for node in nodes:
-        method = getattr(node, "METHOD", None)
-        if method is None:
-            continue
-        schema = node.GET_SCHEMA()
-        help = f"[{method.title}](web/docs/{schema.node_id}.md)"
-        rows.append((schema.category.split("/")[1], help, summary(method), costs(method), linked(method.paper)))
+        method, schema = getattr(node, "METHOD", None), node.GET_SCHEMA()
+        kind = schema.category.split("/")[1]
+        title = method.title if method else schema.display_name.removesuffix(" (Quickstep)")
+        help = f"[{title}](web/docs/{schema.node_id}.md)"
+        if method is not None:
+            rows.append((kind, help, summary(method), costs(method), linked(method.paper)))
+        elif kind == "calibration":
+            text = " ".join((node.__doc__ or "").split()).partition("Source: ")[2]
+            papers = re.findall(r"[A-Z][\w, -]*?(?: et al\.)? \(\d{4}\), arXiv:\d{4}\.\d{5}", text)
+            first = " ".join(schema.description.split("\n")[0].split())
+            rows.append((kind, help, first, "", linked("; ".join(papers)) or "This pack"))
     return table(("kind", "node", "what it is", "calls per step, order", "paper"), rows)
 
 
