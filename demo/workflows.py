@@ -190,6 +190,29 @@ def accelerate() -> Graph:
     return g
 
 
+def calibrate() -> Graph:
+    """Sigmas for the loaded model, and how much nearer to the converged result they bring it."""
+    g = Graph()
+    model, prompts, latent = graphs.inputs(g, "dit", "a big blue ring", 4)
+    sampler = (g.add("Quickstep_DPMSolverPP"), 0)
+    shared = dict(sampler=sampler, cfg=3.0, **prompts)
+    found = g.add(
+        "Quickstep_Curvature",
+        model=(model, 0),
+        latent=latent,
+        steps=8,
+        samples=8,
+        minutes=0.5,
+        name="demo_schedule",
+        **shared,
+    )
+    sampled = g.add("SamplerCustom", model=(model, 0), sigmas=(found, 0), latent_image=latent, noise_seed=7, **shared)
+    g.add("PreviewImage", images=(found, 2))
+    g.add("PreviewAny", source=(found, 3))
+    _shown(g, (g.add("VAEDecode", samples=(sampled, 0), vae=(model, 2)), 0), "quickstep_calibrate")
+    return g
+
+
 def schedules() -> Graph:
     """Three schedules in one drawing."""
     g = Graph()
@@ -251,6 +274,12 @@ WORKFLOWS: dict[str, tuple[Callable[[], Graph], str]] = {
         t_stitch,
         "# T-Stitch\nThe first 40 % of the steps by a small model, the rest by the large one. The guiders are in the order of use; "
         "each has its model, prompts and scale.",
+    ),
+    "calibrate": (
+        calibrate,
+        "# Sigmas for your own model\n*Curvature* measures where the model's prediction bends and places the sigmas there. Its "
+        "report says how much nearer to the converged result they end, on seeds kept aside; the file in models/quickstep serves "
+        "*Found Schedule*. *Fit Solver* and the other calibrations have the same inputs.",
     ),
     "schedules": (schedules, "# Schedules, drawn\nWhere each schedule puts its network calls."),
     "compare": (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..solvers.artifact import Artifact, save
-from ..solvers.calibration.decoupled import Asked
+from ..solvers.calibration import decoupled
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.search import Search
 from ..solvers.process import ForwardProcess
@@ -84,8 +84,8 @@ class Pursuit:
         table: dict[str, Any] = {"sigmas": [float(t) for t in plan.times]}
         if isinstance(plan.solver, FittedSolver) and plan.solver.calibration is not None:
             table |= {name: values for name, values in plan.solver.calibration.table.items() if name != "sigmas"}
-        if isinstance(plan.solver, Asked):
-            table["offsets"] = list(plan.solver.offsets)
+        if self.kind == decoupled.KIND:
+            table["offsets"] = decoupled.offsets_of(plan)
         table |= {
             "network": type(self.samples.model.model).__name__,
             "calls": search.calls,

@@ -261,6 +261,14 @@ def ld3(solver=None, **options):
         return LD3.execute(**given(**options), sampler=sampler(solver or DDIM()), **extra).args
 
 
+def test_where_no_levels_are_better_the_file_has_those_of_the_sigmas(folder):
+    """Data of one point: all samplers are exact there."""
+    model = models.gaussian("flow", std=0.0)
+    how, sigmas, *_, report = ld3(model=model)
+    assert load(folder / "mine.json", decoupled.KIND).table["offsets"] == [0.0] * 4
+    assert "Nothing better" in report and len(sigmas) == 5 and how.solver.solver == DDIM()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_of_the_network_are_found_kept_and_used(folder, kind):
     how, sigmas, *_, report = ld3(kind=kind, count=6)
