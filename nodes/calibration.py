@@ -194,7 +194,8 @@ class FitSolver(io.ComfyNode):
     schedules, and what is kept is never worse than it on samples that the fit has not seen; ``report`` says how much better it
     is on others still.
 
-    The result is for this number of steps and guidance scale; other prompts and seeds are served as well. Use both outputs,
+    The result is for this number of steps; other prompts and seeds are served as well, other guidance scales and sizes nearly so
+    (see *Fitted solver*). Use both outputs,
     ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the same file. Interrupt at any time: the
     best so far is in the file, and ``resume`` goes on from it.
 

@@ -24,7 +24,8 @@ WORDS = {
     ),
     fitted.KIND: (
         "A fitted sampler: sigmas, and weights for each step",
-        "Use Fitted solver and Found Schedule with this file; for other CFG scales fit again.",
+        "Use Fitted solver and Found Schedule with this file, also at other CFG scales and sizes; for other numbers of steps fit "
+        "again.",
     ),
     decoupled.KIND: (
         "Sigmas of a schedule, and the noise levels at which the network is asked",
