@@ -193,7 +193,7 @@ def accelerate() -> Graph:
 def calibrate() -> Graph:
     """Sigmas for the loaded model, and how much nearer to the converged result they bring it."""
     g = Graph()
-    model, prompts, latent = graphs.inputs(g, "unet_small", "a big blue ring", 4)
+    model, prompts, latent = graphs.inputs(g, "unet", "a big blue ring", 4)
     sampler = (g.add("Quickstep_DPMSolverPP"), 0)
     shared = dict(sampler=sampler, cfg=3.0, **prompts)
     found = g.add(
