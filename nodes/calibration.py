@@ -14,7 +14,9 @@ from ..solvers.calibration.search import ScheduleSearch, SolverSearch
 from ..solvers.deis import DEIS
 from ..solvers.er_sde import ERSDE
 from ..solvers.exponential import DPMSolverPP
+from ..solvers.momentum import HB
 from ..solvers.process import ForwardProcess
+from ..solvers.sa import SASolver
 from ..solvers.schedules import (
     BetaSchedule,
     CosineSchedule,
@@ -47,6 +49,8 @@ SOLVERS = {
     "DEIS 2": DEIS(points=2, variable="rho"),
     "UniPC": UniPC(),
     "ER-SDE, ODE": ERSDE(phi="ode"),
+    "SA-Solver, ODE": SASolver(eta=0.0),
+    "Momentum, 2M": HB(DPMSolverPP()),
 }
 """Samplers that Fit Solver compares on each of these; they are written as fitted solvers, which they all can be."""
 
@@ -190,14 +194,19 @@ class FitSolver(io.ComfyNode):
     A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
     squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas, the
     sizes of what a step is made of (``rescale``), and the noise levels that the network is told (``decouple``, as in LD3). Needs
-    no gradients. The start is the best of four usual samplers (DPM-Solver++ 2M, DEIS, UniPC, ER-SDE without noise) on the usual
-    schedules, and what is kept is never worse than it on samples that the fit has not seen; ``report`` says how much better it
-    is on others still.
+    no gradients. The start is the best of six usual samplers (DPM-Solver++ 2M and with momentum, DEIS, UniPC, ER-SDE and SA-Solver
+    without noise) on the usual schedules, and what is kept is never worse than it on samples that the fit has not seen;
+    ``report`` says how much better it is on others still.
 
     The result is for this number of steps; other prompts and seeds are served as well, other guidance scales and sizes nearly so
-    (see *Fitted solver*). Use both outputs,
-    ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the same file. Interrupt at any time: the
-    best so far is in the file, and ``resume`` goes on from it.
+    (see *Fitted solver*). Use both outputs, ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the
+    same file. Interrupt at any time: the best so far is in the file, and ``resume`` goes on from it.
+
+    Measured on the demo networks at 8 steps and CFG 4, 32 samples, 10 minutes on one core of a shared machine, from the best of
+    four samplers: geometric mean error of 48 other samples UNet .020, DiT .042, where the best sampler and schedule of ComfyUI's
+    core have .032 and .068; without ``rescale`` and ``decouple`` .020 and .050. The mean is ruled by the few samples that end in
+    another picture than the converged one: .044 and .088, core .061 and .102. ``loss`` = log was used, which those samples do
+    not rule. With too few minutes nothing is found: at 10 steps of the UNet 8 minutes were.
 
     With a SIGMAS connected the schedule stays as it is, and only weights are fitted.
     """
