@@ -16,6 +16,7 @@ import comfy.controlnet
 import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sample
 import comfy.samplers
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_split_and_joined_conditionings_are_the_same(variant, name, monkeypatch)
     assert close(sample(on, name, cfg=cfg), together, 2e-5)
 
 
-SAMPLERS = ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "euler_cfg_pp", "dpm_adaptive")
+SAMPLERS = ("heun", "dpmpp_2m", "euler_ancestral", "uni_pc", "euler_cfg_pp")
 
 
 @under("samplers")
@@ -211,8 +212,22 @@ def test_every_kind_of_sampler(variant, name):
     on = attach.attach(model, variant.active)
     for sampler in SAMPLERS:
         assert sample(on, name, sampler=sampler, cfg=cfg, steps=4).isfinite().all(), sampler
-        if sampler == "dpm_adaptive" and variant.active.site not in ("tuning", "tokens", "tiles"):
-            assert last(on).partial == last(on).skipped == 0 and "is off" in last(on).line()
+
+
+@under("samplers")
+def test_a_sampler_that_chooses_its_steps(variant, name):
+    """With tolerances so loose that it takes few."""
+    on, x = attach.attach(model_of(name), variant.active), M.latent(1, CHANNELS.get(name, 4))
+    loose = comfy.samplers.ksampler("dpm_adaptive", {"h_init": 2.0, "rtol": 9.0, "atol": 9.0})
+    sigmas = comfy.samplers.calculate_sigmas(on.get_model_object("model_sampling"), "normal", 4)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        made = comfy.sample.sample_custom(
+            on, noise, variant.cfg[-1], loose, sigmas, *prompts(name), x, disable_pbar=True, seed=0
+        )
+    assert made.isfinite().all()
+    if variant.active.site not in ("tuning", "tokens", "tiles"):
+        assert last(on).partial == last(on).skipped == 0 and "is off" in last(on).line()
 
 
 @under("areas")
