@@ -16,6 +16,18 @@ MOST = 0.5
 """Offsets, in log noise-to-signal, are smaller than this."""
 
 
+def check_sigmas(times: Sequence[float], sigmas: Sequence[float], taker: str, made: str) -> None:
+    """Raise ``ValueError`` unless a run is over the ``sigmas`` of a file; ``made``: "it was fitted", or the like."""
+    if len(times) != len(sigmas):
+        raise ValueError(f"{taker}: {made} for {len(sigmas) - 1} steps, and this run has {len(times) - 1}.")
+    for given, meant in zip(times, sigmas, strict=True):
+        if not math.isclose(given, meant, rel_tol=1e-4, abs_tol=1e-9):
+            raise ValueError(
+                f"{taker}: sigma {given:g} was given where {made} for {meant:g}; connect the sigmas of the same file (Found "
+                "Schedule)."
+            )
+
+
 def asked(problem: Problem, times: Sequence[float], offsets: Sequence[float]) -> Denoise:
     """A denoiser that asks at noise levels moved by ``offsets``, of ``times`` but the last."""
     process = problem.process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from ..method import part
 from ..process import RectifiedFlow, VarianceExploding
 from ..solver import Denoise, Problem, SameCost, Solver, Step
 from ..transform import Transform
-from .asking import MOST, asked
+from .asking import MOST, asked, check_sigmas
 from .families import Plan, fitted_plan
 from .fitted import FittedSolver
 from .wider import Wider
@@ -65,17 +64,7 @@ class DecoupledTimes(Transform):
     def around(self, problem: Problem, times: Sequence[float]) -> Denoise:
         if self.calibration is None or len(times) < 2:
             return problem.denoise
-        sigmas = self.calibration.table["sigmas"]
-        if len(sigmas) != len(times):
-            raise ValueError(
-                f"Decoupled times: they were found for {len(sigmas) - 1} steps, and this run has {len(times) - 1}."
-            )
-        for given, meant in zip(times, sigmas, strict=True):
-            if not math.isclose(given, meant, rel_tol=1e-4, abs_tol=1e-9):
-                raise ValueError(
-                    f"Decoupled times: sigma {given:g} was given where they were found for {meant:g}; connect the sigmas of "
-                    "the same file (Found Schedule)."
-                )
+        check_sigmas(times, self.calibration.table["sigmas"], self.title, "they were found")
         return asked(problem, times, self.calibration.table["offsets"])
 
 

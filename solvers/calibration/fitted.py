@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -15,7 +14,7 @@ from ..kernel import axpy
 from ..method import param, part
 from ..process import ForwardProcess
 from ..solver import Problem, Solver, Step
-from .asking import MOST, asked
+from .asking import MOST, asked, check_sigmas
 
 KIND = "fitted_solver"
 """Of artifacts: their table has ``sigmas``, n + 1 of them, and ``weights``, for each step those of its predictions, newest
@@ -118,16 +117,7 @@ class FittedSolver(Solver):
 
     def start(self, times: Sequence[float]) -> Past:
         if self.elsewhere == "refuse" and self.sigmas and len(times) > 1:
-            if len(times) != len(self.sigmas):
-                raise ValueError(
-                    f"Fitted solver: it was fitted for {len(self.sigmas) - 1} steps, and this run has {len(times) - 1}."
-                )
-            for given, meant in zip(times, self.sigmas, strict=True):
-                if not math.isclose(given, meant, rel_tol=1e-4, abs_tol=1e-9):
-                    raise ValueError(
-                        f"Fitted solver: sigma {given:g} was given where it was fitted for {meant:g}; connect the sigmas of the "
-                        "same file (Found Schedule)."
-                    )
+            check_sigmas(times, self.sigmas, self.title, "it was fitted")
         return Past(len(times) - 1)
 
     def step(self, problem: Problem, x: torch.Tensor, s: float, t: float, state: Past) -> Step:
