@@ -477,3 +477,12 @@ def test_without_a_file_it_is_2m():
     problem, x = Problem(MIXTURE.denoiser(VE), VE), 14.6 * torch.randn(2, 1, 4, 4).double()
     same = sample(problem, DPMSolverPP(lower_order_final="never"), x, times)
     assert torch.allclose(sample(problem, FittedSolver(), x, times), same, atol=1e-12)
+
+
+def test_one_sample_that_turns_over_does_not_rule_where_a_search_goes():
+    """All others come nearer, and one that is in another picture goes a little further."""
+    before, after = (torch.tensor([e] * 23 + [far]) for e, far in ((0.02, 0.8), (0.018, 0.9)))
+    rms = LOSSES["rms"]
+    assert rms(after) > rms(before) and rms.follow(after) < rms.follow(before)
+    assert all(LOSSES[name].follow is LOSSES[name] for name in ("log", "mse"))
+    assert LOSSES["log"].error(LOSSES["log"](torch.tensor([0.01, 0.04]))) == pytest.approx(0.02, rel=1e-3)
