@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -161,12 +162,44 @@ def samples_table(name: str, cells: dict[Cell, list[Record]]) -> list[str]:
     return lines
 
 
+KINDS = {
+    "Demo UNets": (("unet", "unet_small"), lambda cfg: True),
+    "Exact mixture VE and demo UNets, CFG above 1": (("ve", "unet", "unet_small"), lambda cfg: cfg > 1.0),
+    "Exact mixture flow and demo DiT, CFG above 1": (("flow", "dit"), lambda cfg: cfg > 1.0),
+}
+
+
+def together(cells: dict[Cell, list[Record]], names: tuple[str, ...], wanted) -> list[str]:
+    """The pairs that are good everywhere: those measured in all cells of a kind, by the geometric mean of error / the cell's best."""
+    ratios, count = defaultdict(list), 0
+    for (name, cfg, nfe), rows in cells.items():
+        found = {(r["side"], r["candidate"], r["schedule"]): r["mean"] for r in rows if exact(r)}
+        if name in names and wanted(cfg) and nfe <= 10 and found:
+            lowest, count = min(found.values()), count + 1
+            for pair, error in found.items():
+                ratios[pair].append(error / lowest)
+    rows = [(math.exp(sum(map(math.log, r)) / count), max(r), pair) for pair, r in ratios.items() if len(r) == count]
+    lines = [f"{count} cells, {len(rows)} pairs.", "", "| | sampler | schedule | error / best | at worst |"]
+    lines += ["|---:|---|---|---:|---:|"]
+    for i, (mean, worst, (side, candidate, schedule)) in enumerate(sorted(rows)[:12], 1):
+        lines.append(f"| {i} | {side} {candidate} | {schedule} | {mean:.2f} | {worst:.2f} |")
+    return lines
+
+
 def ranking(cells: dict[Cell, list[Record]]) -> list[str]:
     lines = [
-        "# The ten best pairs of every cell",
+        "# The best pairs",
         "",
         "By the mean error over all samples; what the columns mean is in `solvers.md`.",
+        "",
+        "## Over all cells of a kind, up to 10 calls",
+        "",
+        "Error as a multiple of the best in each cell: geometric mean, and the worst. What the README's table and *auto* advise "
+        "is chosen from these. Networks were measured with the pairs that a screening left, so those lists are short.",
     ]
+    for title, (names, wanted) in KINDS.items():
+        lines += ["", f"### {title}", "", *together(cells, names, wanted)]
+    lines += ["", "## In every cell"]
     for (name, cfg, nfe), rows in cells.items():
         score = "energy" if name.endswith("samples") else "mean"
         ranked = sorted((r for r in rows if score == "energy" or exact(r)), key=lambda r: r[score])[:10]

@@ -1,10 +1,13 @@
 """One study, one worker and two: how long each takes, and what kill -9 of one in the middle costs. On a real PostgreSQL.
 
-    python benchmarks/study_workers.py [--trials 300] [--samples 16] [--network unet] [--cfg 1] [--url postgresql://...]
+    python benchmarks/study_workers.py [--trials 240] [--samples 16] [--network unet] [--cfg 1] [--url postgresql://...]
 
 Needs ``COMFYUI_PATH`` and, without --url, PostgreSQL's programs: it makes a database cluster in a temporary folder, started as
 the user postgres if this is run by root. The workflow is a Search Solver on the demo network. Each worker is a ComfyUI of its
 own, with one thread. A node in a third ComfyUI would lead; here the first worker creates the study, which is all the same.
+
+On two cores one worker leaves one of them idle, so this measures what a second machine, or a second GPU, brings, and not a second
+worker on the same one. A worker that is started first and thrown away has the files of all others in memory.
 """
 
 from __future__ import annotations
@@ -81,7 +84,8 @@ class Bench:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.optuna, self.address = optuna, url.replace("postgresql://", "postgresql+psycopg://", 1)
+        self.optuna, self.studies = optuna, {}
+        self.storage = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://", 1))
 
     def worker(self, study: str, number: int) -> subprocess.Popen:
         base = self.folder / f"{study}-{number}"
@@ -97,31 +101,70 @@ class Bench:
             return subprocess.Popen(command, cwd=base, stdout=log, stderr=log, env=alone)
 
     def trials(self, study: str) -> list:
-        with contextlib.suppress(KeyError):
-            return self.optuna.load_study(study_name=study, storage=self.address).get_trials(deepcopy=False)
-        return []
+        """Empty before there is such a study. It is opened once, so that only what is new is read, and no worker waits for that."""
+        if study not in self.studies:
+            with contextlib.suppress(KeyError):
+                self.studies[study] = self.optuna.load_study(study_name=study, storage=self.storage)
+        return self.studies[study].get_trials(deepcopy=False) if study in self.studies else []
 
     def finished(self, study: str) -> int:
         return sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in self.trials(study))
 
-    def run(self, study: str, workers: int, kill_after: int = 0) -> tuple[float, list[str]]:
-        """Seconds until all have ended, and how each trial did. kill_after: so many trials, then -9 for the last worker."""
+    def warm(self) -> None:
+        """A worker, until its first trial has ended."""
+        worker = self.worker("warm", 0)
+        try:
+            while not self.finished("warm"):
+                if worker.poll() is not None:
+                    raise SystemExit(self.failed("warm", 0))
+                time.sleep(1.0)
+        finally:
+            worker.kill()
+            worker.wait()
+
+    def run(self, study: str, workers: int, kill_after: int = 0) -> float:
+        """Seconds until all have ended. kill_after: so many trials, then -9 for the last worker."""
         began, running = time.monotonic(), [self.worker(study, i) for i in range(workers)]
         try:
             if kill_after:
-                while self.finished(study) < kill_after and any(w.poll() is None for w in running):
-                    time.sleep(0.2)
+                while self.finished(study) < kill_after and all(w.poll() is None for w in running):
+                    time.sleep(1.0)
                 running[-1].send_signal(signal.SIGKILL)
             codes = [w.wait() for w in running]
         finally:
             for w in running:
                 w.kill()
-        if any(codes[: -1 if kill_after else None]):
-            raise SystemExit(f"a worker failed; its log: {self.folder}/{study}-0/log\n{self.log(study)}")
-        return time.monotonic() - began, [trial.state.name for trial in self.trials(study)]
+        for i, code in enumerate(codes[: -1 if kill_after else None]):
+            if code:
+                raise SystemExit(self.failed(study, i))
+        if kill_after and codes[-1] != -signal.SIGKILL:
+            raise SystemExit(self.failed(study, workers - 1))
+        return time.monotonic() - began
 
-    def log(self, study: str) -> str:
-        return (self.folder / f"{study}-0" / "log").read_text()[-2000:]
+    def failed(self, study: str, number: int) -> str:
+        log = (self.folder / f"{study}-{number}" / "log").read_text()[-2000:]
+        return f"worker {number} of the study {study} failed, or ended too early; the end of its log:\n{log}"
+
+    def check(self, study: str, wanted: int) -> None:
+        """That nothing was lost when one of two was killed: what it ran was tried again, and the other ran all the rest."""
+        states = [trial.state.name for trial in self.trials(study)]
+        again = [trial for trial in self.trials(study) if "failed_trial" in trial.system_attrs]
+        assert "RUNNING" not in states, "a trial is said to run still"
+        assert self.finished(study) == wanted, f"{self.finished(study)} trials finished, and not {wanted}"
+        assert states.count("FAIL") == len(again) <= 1, (
+            f"{states.count('FAIL')} trials failed, {len(again)} were tried again"
+        )
+
+    def samples(self, study: str) -> int:
+        """Runs of a sample of the fit, those of a trial that was killed included."""
+        begun = [trial for trial in self.trials(study) if trial.state.name != "WAITING"]
+        return sum(max(len(t.user_attrs.get("errors", ())), len(t.intermediate_values)) for t in begun)
+
+    def twice(self, study: str) -> int:
+        """Starts that were in the queue once too often; not those of a trial that was tried again."""
+        labels = [t.user_attrs.get("start") for t in self.trials(study) if "failed_trial" not in t.system_attrs]
+        starts = [label for label in labels if label is not None]
+        return len(starts) - len(set(starts))
 
     def spans(self, study: str) -> float:
         """Seconds from the first trial's start to the last one's end: without the start of ComfyUI and the teacher."""
@@ -131,7 +174,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--trials", type=int, default=240)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--network", default="unet")
     parser.add_argument("--cfg", type=float, default=1.0)
@@ -141,16 +184,24 @@ def main() -> None:
     try:
         with postgres(folder) if asked.url is None else contextlib.nullcontext(asked.url) as url:
             bench = Bench(folder, url, asked)
+            bench.warm()
             rows = {"one": (1, 0), "two": (2, 0), "killed": (2, asked.trials // 3)}
             whole, trials = {}, {}
             for study, (workers, kill_after) in rows.items():
-                whole[study], states = bench.run(study, workers, kill_after)
+                whole[study] = bench.run(study, workers, kill_after)
                 trials[study] = bench.spans(study)
+                states = [trial.state.name for trial in bench.trials(study)]
                 counts = {name: states.count(name) for name in sorted(set(states))}
                 said = f"{workers} worker(s)" + (
                     f", one killed with -9 after {kill_after} trials" if kill_after else ""
                 )
-                print(f"{said}: {whole[study]:.0f} s, its trials {trials[study]:.0f} s; {counts}", flush=True)
+                print(
+                    f"{said}: {whole[study]:.0f} s, its trials {trials[study]:.0f} s; {counts}; {bench.samples(study)} samples "
+                    f"run, {bench.twice(study)} starts twice",
+                    flush=True,
+                )
+                if kill_after:
+                    bench.check(study, asked.trials)
             print(
                 f"two / one: {whole['two'] / whole['one']:.2f} of all, {trials['two'] / trials['one']:.2f} of the trials' time"
             )

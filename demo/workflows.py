@@ -231,7 +231,8 @@ WORKFLOWS: dict[str, tuple[Callable[[], Graph], str]] = {
     "first_picture": (
         first_picture,
         "# A first picture in 10 calls\nA solver (SAMPLER) and a schedule (SIGMAS) go into the core node *SamplerCustom*. "
-        "Replace the demo model with your own checkpoint; nothing else changes.",
+        "With your own checkpoint: load it in place of the demo model, set the latent's size and the CFG, take *Upscale Image By* "
+        "out, and on flow models (SD3, Flux, Wan) take *Beta* in place of *Karras*.",
     ),
     "flow_model": (
         flow_model,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import folder_paths
 from comfy_api.latest import io
 
 from ..solvers.artifact import Artifact, load, settings_of
 from ..solvers.calibration import fitted
+from ..solvers.calibration.asking import check_sigmas
+from ..solvers.calibration.decoupled import DecoupledTimes
 from ..solvers.calibration.families import Plan, fitted_plan, written
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.losses import LOSSES
@@ -14,6 +18,7 @@ from ..solvers.calibration.search import ScheduleSearch, SolverSearch
 from ..solvers.deis import DEIS
 from ..solvers.er_sde import ERSDE
 from ..solvers.exponential import DPMSolverPP
+from ..solvers.method import Method
 from ..solvers.momentum import HB
 from ..solvers.process import ForwardProcess
 from ..solvers.sa import SASolver
@@ -29,11 +34,13 @@ from ..solvers.unipc import UniPC
 from . import artifacts, calibration_found, plot
 from .attach import on
 from .bridge import distinct, process_of, sampler, solver_in
-from .calibration_found import CATEGORY
+from .calibration_found import CATEGORY, fits
 from .calibration_run import SCHEDULE, Pursuit, as_sigmas, curve, path, schedules
 from .calibration_samples import Samples, samples
 from .derive import PREFIX
 from .show import show_text
+
+log = logging.getLogger(__name__)
 
 STARTS = {
     "Karras": KarrasSchedule(),
@@ -83,8 +90,8 @@ BUDGET = [
         default=16,
         min=2,
         max=1024,
-        tooltip="Seeds of the fit. As many others choose what is kept, and half as many again measure it. 16 is enough for most "
-        "models, 32 is safer.",
+        tooltip="Seeds of the fit. As many others choose what is kept, and half as many again measure it. With 8, what was chosen "
+        "turned out worse on other samples; take 32 where the time is there.",
     ),
     io.Float.Input(
         "minutes",
@@ -132,12 +139,13 @@ def resume(kind: str) -> io.Combo.Input:
 class OptimizeSchedule(io.ComfyNode):
     """Finds the sigmas for your model, sampler and number of steps: those with which few steps end nearest to many.
 
-    Takes the best of the usual schedules and moves all its sigmas, by Levenberg-Marquardt on the finished samples, from up to
-    three starts. Needs no gradients. What is kept is never worse than the best usual schedule on samples that the fit has not
-    seen; ``report`` says how much better it is on others still.
+    It samples your prompts with many steps (the *teacher*), and moves the sigmas of few steps until they end as near to that as
+    they can. Some seeds are for moving them, as many others for choosing what is kept, and others still for ``report``: on those
+    it may even be worse than a usual schedule, so read ``report`` before you use the file.
 
-    The teacher is DPM-Solver++ (3M) with so many steps that doubling them changes nothing that matters. Error: mean over samples
-    of the root mean square difference to the teacher's latent.
+    Takes the best of the usual schedules and moves all its sigmas, by Levenberg-Marquardt on the finished samples, from up to
+    three starts. Needs no gradients. The teacher is DPM-Solver++ (3M) with so many steps that doubling them changes nothing that
+    matters. Error: mean over samples of the root mean square difference to the teacher's latent.
 
     The result is for this sampler, number of steps and about this guidance scale; other prompts and seeds are served as well.
     The file lies in ComfyUI's models/quickstep folder: *Found Schedule* uses it, here or elsewhere. Interrupt at any time: the
@@ -174,9 +182,9 @@ class OptimizeSchedule(io.ComfyNode):
         cls, model, positive, negative, latent, sampler, cfg, steps, samples, minutes, seed, name, loss="rms",
         resume=artifacts.NONE, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
-        solver = deterministic(sampler, "Optimize Schedule")
+        solver = movable(sampler, "Optimize Schedule")
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, "Optimize Schedule")
-        found = artifacts.read(resume, SCHEDULE, "Optimize Schedule")
+        found = resumable(resume, SCHEDULE, model, "Optimize Schedule")
         resumed = None if found is None else Plan(solver, sigmas_of(found, steps, "Optimize Schedule"))
         process = process_of(model)
         fit, select, report = given.split(samples)
@@ -191,12 +199,15 @@ class OptimizeSchedule(io.ComfyNode):
 class FitSolver(io.ComfyNode):
     """Fits a sampler to your model: the weights with which each step mixes its predictions, and the sigmas with them.
 
+    It samples your prompts with many steps (the *teacher*), and changes a run of few steps until it ends as near to that as it
+    can. Some seeds are for changing it, as many others for choosing what is kept, and others still for ``report``: read that
+    before you use the file.
+
     A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
     squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas, the
     sizes of what a step is made of (``rescale``), and the noise levels that the network is told (``decouple``, as in LD3). Needs
     no gradients. The start is the best of six usual samplers (DPM-Solver++ 2M and with momentum, DEIS, UniPC, ER-SDE and SA-Solver
-    without noise) on the usual schedules, and what is kept is never worse than it on samples that the fit has not seen;
-    ``report`` says how much better it is on others still.
+    without noise) on the usual schedules.
 
     The result is for this number of steps; other prompts and seeds are served as well, other guidance scales and sizes nearly so
     (see *Fitted solver*). Use both outputs, ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the
@@ -268,14 +279,16 @@ class FitSolver(io.ComfyNode):
         begun = {
             f"{s}, {name}": written(SOLVERS[s], process, times) for s in SOLVERS for name, times in schedules.items()
         }
-        found = artifacts.read(resume, fitted.KIND, "Fit Solver")
+        found = resumable(resume, fitted.KIND, model, "Fit Solver")
         resumed = None
         if found is not None:
             FittedSolver(found)  # refuses damaged ones
+            times = sigmas_of(found, steps, "Fit Solver")
+            if sigmas is not None:
+                check_sigmas(schedules["your sigmas"], times, "Fit Solver", "the file to resume was fitted")
+                times = schedules["your sigmas"]
             resumed = fitted_plan(
-                sigmas_of(found, steps, "Fit Solver"),
-                found.table["weights"],
-                *(found.table.get(name) for name in ("offsets", "scales")),
+                times, found.table["weights"], *(found.table.get(name) for name in ("offsets", "scales"))
             )
         fit, select, report = given.split(samples)
         search = SolverSearch(
@@ -298,6 +311,36 @@ def deterministic(sampler, taker: str) -> Solver:
             f"{taker}: {solver.title} {why} with these settings; connect a deterministic sampler of fixed steps."
         )
     return solver
+
+
+def movable(sampler, taker: str) -> Solver:
+    """A deterministic solver that runs on any sigmas, for searches that move them."""
+    solver = deterministic(sampler, taker)
+    tied = _tied(solver)
+    if tied is not None:
+        raise ValueError(
+            f"{taker}: {tied.title} runs on the sigmas of its file alone, and here they are moved; connect a sampler without that "
+            "file."
+        )
+    return solver
+
+
+def _tied(method: Method) -> Method | None:
+    """What in it refuses other sigmas than those of its file."""
+    if isinstance(method, FittedSolver) and method.calibration is not None and method.elsewhere == "refuse":
+        return method
+    if isinstance(method, DecoupledTimes) and method.calibration is not None:
+        return method
+    inner = (_tied(made_of) for made_of in vars(method).values() if isinstance(made_of, Method))
+    return next((found for found in inner if found is not None), None)
+
+
+def resumable(file: str, kind: str, model, taker: str) -> Artifact | None:
+    """What an earlier search found, if it can be gone on from with this model; None without a file."""
+    found = artifacts.read(file, kind, taker)
+    for sentence in [] if found is None else fits(found, model, file, taker):
+        log.warning("%s: %s %s", taker, file, sentence)
+    return found
 
 
 def prepared(model, positive, negative, latent, cfg, seed, prompts, taker: str) -> Samples:

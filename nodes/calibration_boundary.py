@@ -157,12 +157,26 @@ def each(first: list, more: dict | None, count: int, where: str) -> list[list]:
     """A conditioning for each of so many references: taken from a batch, one for all, or as many as there are."""
     them = [first, *(one for one in (more or {}).values() if one is not None)]
     if len(them) == 1:
+        if count > 1 and any(_hints(options.get("control")) > 1 for _, options in first):
+            raise ValueError(
+                f"{where}: its ControlNet has a batch of pictures, which is not taken apart; connect one conditioning for each "
+                "reference."
+            )
         return [[[_row(text, i, count), _rows(options, i, count)] for text, options in first] for i in range(count)]
     if len(them) != count:
         raise ValueError(
             f"{where}: {len(them)} conditionings are connected; connect one, or {count}, one per reference."
         )
     return them
+
+
+def _hints(control) -> int:
+    """Of the pictures in a chain of ControlNets, the largest batch."""
+    most = 0
+    while control is not None:
+        most = max(most, 0 if control.cond_hint_original is None else len(control.cond_hint_original))
+        control = control.previous_controlnet
+    return most
 
 
 def _rows(options: dict, i: int, count: int) -> dict:

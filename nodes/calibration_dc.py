@@ -13,8 +13,8 @@ from ..solvers.calibration.losses import LOSSES
 from ..solvers.dc_solver import KIND, DCSolver
 from ..solvers.multistep import Multistep
 from . import artifacts, bridge, plot
-from .bridge import distinct, process_of, solver_in
-from .calibration import BUDGET, MODEL, MORE, prepared, resume, whole
+from .bridge import distinct, process_of
+from .calibration import BUDGET, MODEL, MORE, deterministic, prepared, resumable, resume, whole
 from .calibration_found import CATEGORY
 from .calibration_run import Pursuit, curve, path
 from .derive import PREFIX
@@ -85,16 +85,14 @@ class SearchDCRatios(io.ComfyNode):
         cls, model, positive, negative, latent, sampler, sigmas, cfg, samples, minutes, seed, name, loss="rms", dc_order=2,
         resume=artifacts.NONE, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
-        inner = solver_in(sampler, SEARCH)
+        inner = deterministic(sampler, SEARCH)
         if not isinstance(inner, Multistep):
             raise ValueError(f"{SEARCH}: {inner.title} is no multistep sampler; connect UniPC or DPM-Solver++.")
-        if inner.stochastic:
-            raise ValueError(f"{SEARCH}: {inner.title} adds noise with these settings; connect a deterministic one.")
         plain = DCSolver(inner, dc_order=dc_order)  # refuses samplers it does not work on
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, SEARCH)
         process = process_of(model)
         times = whole(process, distinct(sigmas.tolist()), SEARCH)
-        found = artifacts.read(resume, KIND, SEARCH)
+        found = resumable(resume, KIND, model, SEARCH)
         resumed = None if found is None else _resumed(plain, found, times)
         search = RatioSearch(
             process, *given.split(samples), {"as it is": Plan(plain, times)}, resumed, LOSSES[loss]

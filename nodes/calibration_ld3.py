@@ -23,9 +23,9 @@ class LD3(io.ComfyNode):
     which may be a little off the sample's own: in few steps a sample is not quite what the network expects at its sigma.
 
     Both together, by Levenberg-Marquardt on the finished samples, from up to three of the usual schedules; see *Optimize
-    Schedule*, which moves the sigmas alone, and *Decoupled times*, which uses the file with the sigmas of Found Schedule. What
-    is kept is never worse than the best usual schedule on samples that the fit has not seen; ``report`` says how much better it is
-    on others still. Levels move by less than a factor of 1.65, the first one not at all.
+    Schedule*, which moves the sigmas alone, and *Decoupled times*, which uses the file with the sigmas of Found Schedule. Some
+    seeds are for the fit, as many others choose what is kept, and others still are for ``report``: read it before you use the
+    file. Levels move by less than a factor of 1.65, the first one not at all.
 
     The paper learns both by gradients through all steps, with a start noise that may move a little; here neither gradients nor a
     moving start are needed: the loss is one that samples which end elsewhere than the teacher's do not rule. The published
@@ -69,9 +69,9 @@ class LD3(io.ComfyNode):
         cls, model, positive, negative, latent, sampler, cfg, steps, samples, minutes, seed, name, loss="rms",
         resume=artifacts.NONE, prompts=None,
     ) -> io.NodeOutput:  # fmt: skip
-        solver = calibration.deterministic(sampler, TITLE)
+        solver = calibration.movable(sampler, TITLE)
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, TITLE)
-        found, resumed = artifacts.read(resume, KIND, TITLE), None
+        found, resumed = calibration.resumable(resume, KIND, model, TITLE), None
         if found is not None:
             DecoupledTimes(found)  # refuses damaged ones
             resumed = decoupled(solver, sigmas_of(found, steps, TITLE), found.table["offsets"])

@@ -47,7 +47,7 @@ def node(method: type[Proposal]) -> type[io.ComfyNode]:
         def execute(cls, model, positive, negative, latent, sampler, cfg, steps, samples, minutes, seed, name, loss="rms",
                     prompts=None, **settings) -> io.NodeOutput:  # fmt: skip
             proposal = method(**{key: settings[key] for key in names if key in settings})
-            solver = calibration.deterministic(sampler, method.title)
+            solver = calibration.movable(sampler, method.title)
             if steps > proposal.most:
                 raise ValueError(
                     f"{method.title}: steps = {steps} is more than the {proposal.most} these settings allow."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ..solvers.artifact import Artifact, save
-from ..solvers.calibration import decoupled
+from ..solvers.calibration import decoupled, fitted
 from ..solvers.calibration.fitted import FittedSolver
 from ..solvers.calibration.search import Search
 from ..solvers.process import ForwardProcess
@@ -37,6 +38,8 @@ class Pursuit:
     settings: dict[str, Any]
     path: str
     live: Live = field(default_factory=Live)
+    late: bool = False
+    """Whether the time was over before anything was searched."""
 
     def __post_init__(self):
         self.search.left = self.left
@@ -54,16 +57,20 @@ class Pursuit:
             for _ in self._visits():
                 self._show()
         finally:
-            self.search.release()
-            self.save()
+            try:
+                self.save()
+            finally:
+                self.search.release()
         self.live.end()
 
     def _visits(self):
-        run = self.search.run()
+        run, begun = self.search.run(), False
         for _ in run:
             yield
             if self.search.base is not None and self.search.stage != "report" and self.left() <= 0.0:
+                self.late = not begun
                 break
+            begun = self.search.stage == "search"
         else:
             return
         yield from self.search.close()
@@ -82,7 +89,7 @@ class Pursuit:
         search, plan = self.search, self.search.best
         assert plan is not None
         table: dict[str, Any] = {"sigmas": [float(t) for t in plan.times]}
-        if isinstance(plan.solver, FittedSolver) and plan.solver.calibration is not None:
+        if self.kind == fitted.KIND and isinstance(plan.solver, FittedSolver) and plan.solver.calibration is not None:
             table |= {name: values for name, values in plan.solver.calibration.table.items() if name != "sigmas"}
         if self.kind == decoupled.KIND:
             table["offsets"] = decoupled.offsets_of(plan)
@@ -90,15 +97,16 @@ class Pursuit:
             "network": type(self.samples.model.model).__name__,
             "calls": search.calls,
             "teacher_steps": search.teacher_steps,
-            "select_before": min((t.select for t in search.trials if t.label == search.base_label), default=None),
-            "select_after": min(trial.select for trial in search.trials),
+            # The start itself comes first: what is found from it has the same label.
+            "select_before": next((_known(t.select) for t in search.trials if t.label == search.base_label), None),
+            "select_after": _known(min(trial.select for trial in search.trials)),
         } | search.extra()
         found_for = self.samples.found_for(
             solver=self.solver,
             settings=self.settings,
             steps=len(plan.times) - 1,
-            loss_before=None if search.before is None else float(search.before.mean()),
-            loss_after=None if search.after is None else float(search.after.mean()),
+            loss_before=None if search.before is None else _known(float(search.before.mean())),
+            loss_after=None if search.after is None else _known(float(search.after.mean())),
         )
         return Artifact(self.kind, table, {}, found_for)
 
@@ -106,6 +114,8 @@ class Pursuit:
         """What was found, in words."""
         search = self.search
         lines = [f"Saved as {os.path.basename(self.path)}."]
+        if self.late:
+            lines.append("The time was over before the search began: give it more minutes, or fewer samples.")
         if search.before is not None and search.after is not None:
             before, after = search.before, search.after
             share = float(after.mean()) / max(float(before.mean()), 1e-12)
@@ -128,9 +138,14 @@ class Pursuit:
             f"sample: {search.calls}. {self.live.seconds:.0f} s."
         )
         lines.append(
-            f"For {self.samples.cfg:g} CFG and latents of shape {self.samples.shape}; for others, calibrate again."
+            f"For {self.samples.cfg:g} CFG and latents of shape {self.samples.shape}; for others compare first, or calibrate again."
         )
         return "\n".join(lines)
+
+
+def _known(loss: float) -> float | None:
+    """None, which a file can hold, for a loss that is not finite."""
+    return loss if math.isfinite(loss) else None
 
 
 def curve(search: Search):
@@ -141,6 +156,8 @@ def curve(search: Search):
         ("fit", calls, [error(trial.fit) for trial in search.trials]),
         ("best so far, on samples that select", calls, list(map(error, lowest))),
     ]
+    if not any(math.isfinite(value) for _, _, ys in series for value in ys):
+        series = [("no finite error", [0, 1], [0, 0])]
     positive = all(value > 0.0 for _, _, ys in series for value in ys)
     return plot.line_plot(series, f"Calibration: {search.stage}", "network calls (samples)", "error", log_y=positive)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import comfy.sample
@@ -30,12 +30,13 @@ class Samples:
     def split(self, count: int) -> tuple[Cohort, Cohort, Cohort]:
         """Samples for the fit, as many to select by, and half as many to report on, all of other seeds.
 
-        The r-th sample has the r-th prompt, and starts again with the first one after the last.
+        The r-th sample has the r-th prompt, and starts again with the first one after the last. Batches of the
+        fit hold a quarter of it at most, rounded up: for some things one of them is enough.
         """
-        half = max(count // 2, 2)
-        edges = [0, count, 2 * count, 2 * count + half]
+        half, quarter = max(count // 2, 2), math.ceil(count / 4)
+        edges = [(0, count, quarter), (count, 2 * count, count), (2 * count, 2 * count + half, count)]
         fit, select, report = (
-            Cohort([batch for _, batch in self.numbered(range(a, b))], size=b - a) for a, b in pairwise(edges)
+            Cohort([batch for _, batch in self.numbered(range(a, b), most)], size=b - a) for a, b, most in edges
         )
         return fit, select, report
 
@@ -51,10 +52,11 @@ class Samples:
             shape=None if any_size else self.shape, seed=self.seed, created=now(), **more,
         )  # fmt: skip
 
-    def numbered(self, rows: range) -> list[tuple[list[int], Batch]]:
-        """Batches of these samples, and which are in each: as many as the latent has; of one prompt, unless prompts can stand
-        side by side in a batch."""
+    def numbered(self, rows: range, most: int | None = None) -> list[tuple[list[int], Batch]]:
+        """Batches of these samples, and which are in each: as many as the latent has, or ``most``; of one prompt, unless prompts
+        can stand side by side in a batch. In the order of their first samples, so that a few batches have different prompts."""
         together, count = len(self.latent["samples"]), len(self.positives)
+        together = min(together, most or together)
         if _alike(self.positives):
             parts = [rows[i : i + together] for i in range(0, len(rows), together)]
             joined = [(list(part), _joined([self.positives[r % count] for r in part])) for part in parts]
@@ -64,7 +66,7 @@ class Samples:
             mine = [r for r in rows if r % count == p]
             chunks = [mine[i : i + together] for i in range(0, len(mine), together)]
             found += [(chunk, self._batch(positive, chunk)) for chunk in chunks]
-        return found
+        return sorted(found, key=lambda pair: pair[0][0])
 
     def _batch(self, positive, rows: list[int]) -> Batch:
         start = self.latent["samples"][: len(rows)]

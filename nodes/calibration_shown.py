@@ -24,8 +24,8 @@ WORDS = {
     ),
     fitted.KIND: (
         "A fitted sampler: sigmas, and weights for each step",
-        "Use Fitted solver and Found Schedule with this file, also at other CFG scales and sizes; for other numbers of steps fit "
-        "again.",
+        "Use Fitted solver and Found Schedule with this file; at other CFG scales and sizes compare it first; for other numbers "
+        "of steps fit again.",
     ),
     decoupled.KIND: (
         "Sigmas of a schedule, and the noise levels at which the network is asked",
@@ -111,7 +111,7 @@ def measured_in_words(table: dict) -> str:
         )
     return (
         f"{made}, {share:.0%} of the way there from the {begin}. The measurement is in the file: Found Schedule makes "
-        "sigmas for other numbers of steps from it."
+        "sigmas for other numbers of steps from it, which are often worse than a usual schedule."
     )
 
 
@@ -136,6 +136,10 @@ def drawing(found: Artifact):
     for name, values in found.table.items():
         if isinstance(values, list) and values and all(isinstance(v, int | float) for v in values):
             return plot.line_plot([(name, range(len(values)), values)], found.kind, "number", name)
+    return _nothing(found)
+
+
+def _nothing(found: Artifact):
     return plot.line_plot([("nothing to draw", [0, 1], [0, 0])], found.kind, "", "")
 
 
@@ -166,6 +170,8 @@ def _curves(found: Artifact, along: str, names: tuple[str, ...], title: str):
     if missing:
         raise ValueError(f"This file of the kind {found.kind} is damaged: it has no {', '.join(missing)}.")
     x = numbers[along]
+    if not x:  # the run was stopped before they were measured
+        return _nothing(found)
     if along == "jump_sigma":
         x, title = [math.log10(sigma) for sigma in x], f"log10 {title}"
     return plot.line_plot([(name, x, numbers[name]) for name in names], WORDS[found.kind][0], title, found.kind)

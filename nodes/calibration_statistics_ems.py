@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from comfy_api.latest import io
 
 from ..solvers import ems
@@ -138,12 +140,13 @@ class EstimateStatistics(io.ComfyNode):
         estimated = _estimated(parts, process, levels, KINDS[statistics], seed, delta)
         measured = course.run(estimated, CALLS, lambda so_far: statistics_curve(so_far()))
         found = DPMSolverV3(statistics=measured)
-        before, after = contest(aside, process, steps, (DPMSolverPP(), found), course)
         sized = KINDS[statistics][1] == "full"
-        losses = dict(loss_before=float(before.mean()), loss_after=float(after.mean()))
-        provenance = given.found_for(any_size=not sized, **losses)
         table = {"statistics": statistics, "samples": count, "levels": levels, "network": type(model.model).__name__}
-        file, artifact = kept(name, taker, Artifact(ems.KIND, table, measured.tensors(), provenance))
+        artifact = Artifact(ems.KIND, table, measured.tensors(), given.found_for(any_size=not sized))
+        file, _ = kept(name, taker, artifact)  # already, since what follows may be stopped
+        before, after = contest(aside, process, steps, (DPMSolverPP(), found), course)
+        losses = dict(loss_before=float(before.mean()), loss_after=float(after.mean()))
+        kept(name, taker, replace(artifact, found_for=replace(artifact.found_for, **losses)), before=file)
         text = (
             f"Saved as {file}: {statistics}, {count} samples, {levels} levels.\n"
             + verdict(before, after, f"{steps} steps, against DPM-Solver++ 2M")

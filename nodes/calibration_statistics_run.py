@@ -93,10 +93,13 @@ def gathered(
     return [Part(batch, x0[rows]) for rows, batch in numbered]
 
 
-def kept(name: str, taker: str, artifact: Artifact) -> tuple[str, Artifact]:
-    """Writes the file; its name, and what is in it."""
-    path = artifacts.free_path(name, ".safetensors" if artifact.tensors else ".json", taker)
-    save(path, artifact)
+def kept(name: str, taker: str, artifact: Artifact, before: str | None = None) -> tuple[str, Artifact]:
+    """Writes the file; its name, and what is in it. before: the file that this has more than, and takes the place of."""
+    if before is None:
+        path = artifacts.free_path(name, ".safetensors" if artifact.tensors else ".json", taker)
+    else:
+        path = os.path.join(artifacts.folder(), before)
+    save(path, artifact, overwrite=before is not None)
     return os.path.basename(path), artifact
 
 

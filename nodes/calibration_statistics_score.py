@@ -16,8 +16,8 @@ from ..solvers.calibration.statistics import TEACHER
 from ..solvers.calibration.statistics import levels as spread
 from ..solvers.process import ForwardProcess
 from . import artifacts, plot
-from .bridge import distinct, process_of, solver_in, transformed
-from .calibration import MODEL, MORE, SEED, prepared, whole
+from .bridge import distinct, process_of, transformed
+from .calibration import MODEL, MORE, SEED, deterministic, prepared, whole
 from .calibration_found import CATEGORY
 from .calibration_statistics_run import (
     CFG,
@@ -181,11 +181,7 @@ class MeasureEpsilonScaling(io.ComfyNode):
     ) -> io.NodeOutput:
         taker = "Measure Epsilon Scaling"
         artifacts.free_path(name, ".json", taker)
-        solver = solver_in(sampler, taker)
-        if solver.stochastic:
-            raise ValueError(
-                f"{taker}: {solver.title} adds noise with these settings; connect a deterministic sampler."
-            )
+        solver = deterministic(sampler, taker)
         given = prepared(model, positive, negative, latent, cfg, seed, prompts, taker)
         process = process_of(model)
         plan = Plan(solver, whole(process, distinct(sigmas.tolist()), taker))

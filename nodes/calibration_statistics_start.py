@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from dataclasses import replace
 
 import torch
 from comfy_api.latest import io
@@ -114,14 +115,17 @@ class MeasureGaussian(io.ComfyNode):
         course = Course(made + TEACHER * len(aside.batches))
         parts = gathered(given, numbered, pictures, course, taker)
         statistics = GaussianStatistics.measured(torch.cat([part.x0 for part in parts]), frequencies, rank)
+        table = {
+            "jump_error": [], "jump_sigma": [], "samples": count, "rank": len(statistics.eig),
+            "network": type(model.model).__name__,
+        }  # fmt: skip
+        artifact = Artifact(KIND, table, statistics.tensors(), given.found_for())
+        file, _ = kept(name, taker, artifact)  # already, since what follows may be stopped
         jumped = jumps(aside, process, statistics)
         times, errors = course.run(jumped, TEACHER, lambda so_far: jumps_drawn(process, *so_far))
         sigma = next((t for t, e in reversed(list(zip(times, errors, strict=True))) if e <= GOOD), None)
-        table = {
-            "jump_error": errors, "jump_sigma": times, "samples": count, "rank": len(statistics.eig),
-            "network": type(model.model).__name__,
-        }  # fmt: skip
-        file, _ = kept(name, taker, Artifact(KIND, table, statistics.tensors(), given.found_for()))
+        whole = replace(artifact, table={**table, "jump_error": errors, "jump_sigma": times})
+        kept(name, taker, whole, before=file)
         shown = range(0, len(times), max(len(times) // 12, 1))
         text = (
             f"Saved as {file}: {count} samples, {statistics.mean[0].size} frequencies, rank {len(statistics.eig)}.\n"

@@ -52,7 +52,7 @@ class SearchSolver(io.ComfyNode):
 
     Every finished trial is in the study: a SQLite file in ComfyUI's user/quickstep folder, or a PostgreSQL database. Run the
     node again with the same ``study`` to go on, also after a crash, which loses at most the trial that ran. Workers on other
-    machines join through a PostgreSQL URL; see the page on searches in docs.
+    machines join through a PostgreSQL URL; see docs/search.md in the repository.
 
     Needs the Python packages optuna, cmaes and scikit-learn, which do not come with ComfyUI. Open only databases that you
     trust: Optuna keeps the state of cma-es in them as pickle.

@@ -34,7 +34,7 @@ class Watch:
         """Share of the time that is left, when that for the report is put aside."""
         used, study = self.live.seconds, self.study
         report = study.report.size * (study.teacher.get("steps", 0) + 2 * study.space.most)
-        reserved = used * report / max(study.calls, 1) if study.lead and study.stage == "search" else 0.0
+        reserved = used * report / max(study.calls, 1) if study.lead and study.stage in ("search", "times") else 0.0
         return 1.0 - (used + reserved) / (60.0 * self.minutes)
 
     def run(self) -> None:
@@ -54,8 +54,8 @@ class Watch:
         return picture(self.study) if self.study.lead and self.study.finished() else None
 
     def save(self) -> None:
-        """The best so far, whole or not at all; nothing before there is one."""
-        if not self.study.lead or self.study.study is None:
+        """The best so far, whole or not at all; nothing before there is one, or before it is known to be of this search."""
+        if not self.study.lead or self.study.stage == "teacher":
             return
         for point in self.found():
             if point.calls not in self.paths:

@@ -16,7 +16,8 @@ from .unipc import UniPC
 
 
 def choose(process: ForwardProcess, steps: int, cfg: float | None) -> Solver:
-    """What did best over all problems of a kind in ``benchmarks/results``; an unknown guidance scale counts as a high one."""
+    """By the tables over all cells of a kind in ``benchmarks/results/solvers_ranking.md``; an unknown guidance scale counts as a
+    high one."""
     if process.alpha(process.t_max) < 1.0:
         return UniPC(order=2, variant="exact")
     return DEIS(variable="lambda") if steps >= 10 and cfg is not None and cfg <= 1.5 else GHVB()
@@ -27,8 +28,9 @@ class Auto(Solver):
     """Chooses the solver when sampling starts: by the kind of model, the guidance scale and the number of steps.
 
     Flow models: UniPC of order 2, with exact weights. Others: GHVB 1.8, or from 10 steps on without guidance (CFG at most
-    1.5) DEIS in log-SNR. One network call per step, no added noise. These did best over the exact problems and the demo
-    networks from 5 to 10 calls (benchmarks/results); none was measured on a large checkpoint.
+    1.5) DEIS in log-SNR. One network call per step, no added noise. Chosen because they are never far from the best over the
+    exact problems and the demo networks from 5 to 10 calls (benchmarks/results/solvers_ranking.md), which does not make them the
+    best of every cell; none was measured on a large checkpoint.
     """
 
     id: ClassVar[str] = "Auto"

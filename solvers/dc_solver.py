@@ -57,8 +57,8 @@ def compensated(process: ForwardProcess, nodes: tuple[Node, ...], ratio: float, 
 class DCSolver(SameCost):
     """Compensates a multistep sampler for running with few steps and much guidance, by one number per step.
 
-    Worth it only with ratios found for this very model, guidance scale, sampler and number of steps, by a search or by
-    somebody who made one: they can then repair part of what 5 to 10 steps lose. Others make it worse, so compare both.
+    Worth it only with ratios found for this very model, guidance scale, sampler and number of steps, by *Search DC Ratios*
+    or *Fit DC Cascade*: they can then repair part of what 5 to 10 steps lose. Others make it worse, so compare both.
     Without ratios the sampler is left exactly as it is. Made for UniPC; works on any multistep sampler in data prediction.
 
     A corrector moves x_s, but keeps the prediction made before it was moved. Before the step from t_i, that prediction D_i is

@@ -80,7 +80,8 @@ class GHVB(Multistep):
 
 @dataclass(frozen=True)
 class HB(Turned):
-    """Heavy-ball momentum on any multistep sampler: tames divergence artifacts at few steps, at the price of accuracy.
+    """Heavy-ball momentum on any multistep sampler: tames divergence artifacts at few steps. First order, so less accurate with
+    many steps; at 8 and 10 calls and CFG 4 it was among the most accurate on the demo UNets, at 5 it was not.
 
     v_i = (1 - beta) v_{i-1} + beta p_i,
 

@@ -24,7 +24,7 @@ STEPS = 1000.0
 @dataclass(frozen=True)
 class TimeShift(Transform):
     """Asks the network at a slightly other time than the schedule's, found from how much each sample varies: against the
-    errors that pile up in runs of 5 to 20 steps. For models of pixels, with any sampler; latents: see below.
+    errors that pile up in runs of 5 to 20 steps. For models of pixels, with any sampler; for latents its page says what to mind.
 
     Scaled to x / sqrt(alpha^2 + sigma^2), a sample of time tau has the variance
 

@@ -182,6 +182,15 @@ def test_turns_end_by_the_time_that_is_left(left, tried):
     assert made.tried == tried and made.after is not None
 
 
+def test_sets_that_were_seen_before_are_counted_once_and_the_user_can_stop_there_too():
+    made = search(steps=1, tries=30)
+    last = 0
+    for _ in made.run():
+        assert made.tried <= last + 1
+        last = made.tried
+    assert made.tried == 30 and made.seen == {(frozenset("a"),), (frozenset("b"),)}
+
+
 def test_optuna_is_told_the_losses(monkeypatch):
     optuna, studies = engine.needed("optuna"), []
     real = optuna.create_study

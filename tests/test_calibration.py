@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from quickstep_under_test.solvers.artifact import Artifact
 from quickstep_under_test.solvers.calibration import cohort as cohorts
+from quickstep_under_test.solvers.calibration import tangents
+from quickstep_under_test.solvers.calibration import teacher as teachers
 from quickstep_under_test.solvers.calibration.cohort import Cohort, rejoin, sketch, track
 from quickstep_under_test.solvers.calibration.curve import Curve
+from quickstep_under_test.solvers.calibration.decoupled import Decoupled
 from quickstep_under_test.solvers.calibration.families import Joint, Plan, Schedules, Weights, fitted_plan, written
 from quickstep_under_test.solvers.calibration.fitted import KIND, FittedSolver
 from quickstep_under_test.solvers.calibration.least_squares import sequential
@@ -19,6 +26,7 @@ from quickstep_under_test.solvers.calibration.losses import LOSSES
 from quickstep_under_test.solvers.calibration.search import ScheduleSearch, SolverSearch
 from quickstep_under_test.solvers.calibration.states import States
 from quickstep_under_test.solvers.calibration.teacher import Trajectories, converge, lesson
+from quickstep_under_test.solvers.calibration.wider import Rescaled
 from quickstep_under_test.solvers.deis import DEIS
 from quickstep_under_test.solvers.er_sde import ERSDE
 from quickstep_under_test.solvers.exact import GaussianMixture
@@ -26,6 +34,7 @@ from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 from quickstep_under_test.solvers.momentum import GHVB
 from quickstep_under_test.solvers.pndm import IPNDM
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
+from quickstep_under_test.solvers.sa import SASolver
 from quickstep_under_test.solvers.schedules import ExponentialSchedule, KarrasSchedule
 from quickstep_under_test.solvers.singlestep import DPMSolverSinglestep
 from quickstep_under_test.solvers.solver import Problem, sample, solve
@@ -86,6 +95,18 @@ def searched(search):
         pass
     search.release()
     return search
+
+
+def selected(search, plan: Plan) -> float:
+    """A run's loss on the samples that select, measured anew."""
+    return search.loss(drained(search.select.errors(plan)))
+
+
+def is_the_best(search) -> bool:
+    """Of all starts, if no more than FINALISTS, and what the search says it is."""
+    least = min(trial.select for trial in search.trials)
+    usual = min(selected(search, plan) for plan in search.starts.values())
+    return selected(search, search.best) == pytest.approx(least, rel=1e-9) and least <= usual * (1 + 1e-9)
 
 
 def cohorts_of(process, rows: int, **options):
@@ -192,6 +213,44 @@ def test_the_jacobian_is_that_of_central_differences():
         )
 
 
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("kinds", [[], [Rescaled], [Rescaled, Decoupled]], ids=["weights", "scales", "levels"])
+def test_tangents_are_the_jacobian_with_fewer_calls(process, kinds, monkeypatch):
+    """With every direction and small differences they are that of central differences; with the usual ones nearly so."""
+    n = 5
+    curve = Curve(process, process.t_max, process.t_min, n)
+    family, times = Joint(curve, 4), curve.times(curve.levels(np.zeros(n)))
+    plan = written(SASolver(eta=0.0), process, times)
+    theta = family.theta(times, plan.solver.weights)
+    offsets = [0.0, 0.1, -0.1, 0.0, 0.2] if Decoupled in kinds else None
+    begin = fitted_plan(times, plan.solver.weights, offsets, [1.01, 0.99, 1.02, 1.0, 1.0] if kinds else None)
+    for kind in kinds:
+        family = kind(family, n)
+        theta = family.begin(theta, begin)
+    eta = family.natural(theta)
+    cohort = Cohort([batch(process, 4, 0), batch(process, 3, 1)])
+    cohort.targets = drained(cohort.ends(family.plan(eta)))
+    exact = []
+    for row in np.eye(len(eta)):
+        there, here = (torch.cat(drained(cohort.ends(family.plan(eta + sign * 1e-5 * row)))) for sign in (1.0, -1.0))
+        exact.append(sketch(there - here) / 2e-5)
+    exact = torch.stack(exact, -1)
+    spent = cohort.calls
+    drained(cohort.jacobian(family, eta))
+    repeated, spent = cohort.calls - spent, cohort.calls
+    usual = drained(tangents.jacobian(cohort, family, eta))
+    assert cohort.calls - spent < 0.75 * repeated
+    for name, value in (("LOST", 1e-9), ("SMALL", 1e-6), ("NEAR", 1e-6)):
+        monkeypatch.setattr(tangents, name, value)
+    fine = drained(tangents.jacobian(cohort, family, eta))
+    assert usual.shape == fine.shape == exact.shape == (7, 16, len(eta))
+    assert float((fine - exact).norm() / exact.norm()) < 1e-3
+    # One of the samples is so near to another mode that no finite difference is small there.
+    assert float(((usual - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).median()) < 0.1
+    half = drained(tangents.jacobian(cohort, family, eta, 0.5))
+    assert torch.equal(half, fine[:4])
+
+
 def test_sketches_keep_lengths_and_products():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 3, 4, 64, 64, generator=g)
@@ -231,7 +290,18 @@ def test_the_teacher_doubles_until_it_is_right_enough():
         converge(cohort, VE, [Plan(DDIM(), times), lesson(VE, 40)])
     )  # for so good a student a better teacher
     assert 80 < steps <= 640 and change < 1e-4
-    assert drained(converge(cohort, VE, [lesson(VE, 40)], lambda: 0.1))[0] == 40  # no time for it
+    steps, _, off = drained(converge(cohort, VE, [lesson(VE, 40)] * 3, lambda: 0.1))
+    assert steps == 40 and len(off) == 1  # no time for it, nor for more students
+
+
+def test_without_time_the_first_start_is_the_only_one():
+    found = ScheduleSearch(
+        VE, *cohorts_of(VE, 4), starts(VE, 4, DDIM()), solver=DDIM(), left=lambda: -1.0 if found.base else 0.1
+    )
+    for _ in found.run():
+        if found.base is not None:
+            break
+    assert [trial.label for trial in found.trials] == [found.base_label] == ["Karras"]
 
 
 def test_states_in_a_file_are_those_in_memory(tmp_path):
@@ -249,6 +319,19 @@ def test_states_in_a_file_are_those_in_memory(tmp_path):
     file = large.file
     large.close()
     assert not file.exists() and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    """Both files of the trajectories have to fit."""
+    size = 4 * 40 * 8 * 16
+    monkeypatch.setattr(teachers, "States", partial(States, limit=0))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 1.5 * size))
+    with pytest.raises(ValueError, match=r"take 0\.0 GB, and .* has 0\.0 GB free: use fewer samples"):
+        Trajectories(VE, 40, 8, (1, 4, 4), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 2 * size))
+    Trajectories(VE, 40, 8, (1, 4, 4), tmp_path).close()
 
 
 # Fitted solvers
@@ -333,9 +416,10 @@ def test_schedule_and_solver_searches(process):
     found = searched(
         ScheduleSearch(process, *cohorts_of(process, 24), starts(process, 5, DPMSolverPP()), solver=DPMSolverPP())
     )
-    assert min(t.select for t in found.trials) <= min(t.select for t in found.trials if t.label in found.starts)
+    assert is_the_best(found)
     assert found.after.mean() < 0.75 * found.before.mean() and found.best.times != found.base.times
     solver = searched(SolverSearch(process, *cohorts_of(process, 24), starts(process, 5), samples=24, shape=(1, 4, 4)))
+    assert is_the_best(solver)
     assert solver.after.mean() < 0.3 * solver.before.mean() and solver.after.median() < 0.1 * solver.before.median()
     assert solver.trajectories is None
 
@@ -365,10 +449,28 @@ def test_a_search_goes_on_from_what_another_found():
     again = SolverSearch(VE, *args(), resumed=first.best, samples=24, shape=(1, 4, 4))
     reached = min(t.select for t in first.trials)
     for _ in again.run():
-        if len(again.trials) > 2:
+        if again.base is not None:  # before this no calibration ends, whatever the time
             break
-    assert math.isclose(again.trials[2].select, reached, rel_tol=1e-9) and again.best is first.best
-    assert again.base_label in again.starts
+    assert math.isclose(again.trials[0].select, reached, rel_tol=1e-9) and again.best is first.best
+    assert again.base_label in again.starts and again.base is not again.best
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_search_goes_on_from_all_that_another_found(joint):
+    """Scales and offsets too: weights alone would not add up to 1."""
+    times = ExponentialSchedule()(VE, K_MAX, 1.5 * K_MIN, 3).tolist()
+    rows, scales = [[1.01], [1.4, -0.42], [1.2, -0.2]], [1.02, 0.98, 1.0]
+    resumed = fitted_plan(times, rows, [0.0, 0.1, -0.1], scales)
+    begun = {"plain": written(FittedSolver(), VE, times)}
+    search = SolverSearch(
+        VE, *cohorts_of(VE, 8), begun, resumed, joint=joint, rescale=True, decouple=True, samples=8, shape=(1, 4, 4)
+    )
+    for _ in search.run():
+        if [trial.label for trial in search.trials].count("resumed") > 1:
+            break
+    search.release()
+    first, again = (trial for trial in search.trials if trial.label == "resumed")
+    assert again.select == pytest.approx(first.select, rel=1e-6)
 
 
 # Degenerate data
@@ -436,6 +538,30 @@ def test_diverging_candidates_are_never_taken():
     made = [broken(seed) for seed in (1, 2, 3)]
     found = searched(SolverSearch(VE, *made, starts(VE, 4), samples=8, shape=(1, 4, 4)))
     assert found.after.isfinite().all() and all(math.isfinite(t.fit) for t in found.trials)
+
+
+def test_a_network_that_gives_no_numbers_is_one_sentence():
+    def broken(seed):
+        inner = batch(VE, 4, seed)
+        return Cohort([lambda visit: inner(lambda problem, x: visit(Problem(lambda x, t: x * torch.nan, VE), x))])
+
+    search = ScheduleSearch(VE, *map(broken, (1, 2, 3)), starts(VE, 4, DDIM()), solver=DDIM())
+    with pytest.raises(ValueError, match="samples of 40 steps are not finite numbers: lower cfg"):
+        searched(search)
+
+
+@dataclass(frozen=True)
+class Diverging(DDIM):
+    """Ends nowhere."""
+
+    def step(self, *given):
+        made = super().step(*given)
+        return replace(made, x=made.x * torch.nan)
+
+
+def test_where_no_start_is_finite_the_first_one_is_the_base():
+    found = searched(ScheduleSearch(VE, *cohorts_of(VE, 4), starts(VE, 4, Diverging()), solver=Diverging()))
+    assert found.base is found.best is found.starts[found.base_label] and not found.after.isfinite().any()
 
 
 # The solver and its file

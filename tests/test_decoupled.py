@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from quickstep_under_test.solvers.artifact import Artifact
-from quickstep_under_test.solvers.calibration.asking import asked
+from quickstep_under_test.solvers.calibration.asking import MOST, asked
 from quickstep_under_test.solvers.calibration.cohort import Cohort
 from quickstep_under_test.solvers.calibration.curve import Curve
 from quickstep_under_test.solvers.calibration.decoupled import (
@@ -18,6 +18,7 @@ from quickstep_under_test.solvers.calibration.decoupled import (
     Asked,
     Decoupled,
     DecoupledTimes,
+    decoupled,
     levels,
     offsets_of,
 )
@@ -28,15 +29,17 @@ from quickstep_under_test.solvers.calibration.losses import LOSSES
 from quickstep_under_test.solvers.calibration.wider import Rescaled
 from quickstep_under_test.solvers.exact import GaussianMixture
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
+from quickstep_under_test.solvers.exposure_bias import EpsilonScaling
 from quickstep_under_test.solvers.process import RectifiedFlow, VarianceExploding
 from quickstep_under_test.solvers.schedules import ExponentialSchedule
 from quickstep_under_test.solvers.singlestep import DPMSolverSinglestep
 from quickstep_under_test.solvers.solver import Problem, sample
 from quickstep_under_test.solvers.transform import Transformed
 
-VE = VarianceExploding(t_min=0.05, t_max=10.0)
-FLOW = RectifiedFlow(t_min=0.05, t_max=10.0 / 11.0)
-NOISE = RectifiedFlow(t_min=0.05, t_max=1.0)
+LAST = 0.05  # above t_min, so that lower levels can be asked for there too
+VE = VarianceExploding(t_min=0.02, t_max=10.0)
+FLOW = RectifiedFlow(t_min=0.02, t_max=10.0 / 11.0)
+NOISE = RectifiedFlow(t_min=0.02, t_max=1.0)
 PROCESSES = [pytest.param(VE, id="ve"), pytest.param(FLOW, id="flow"), pytest.param(NOISE, id="pure noise")]
 MEANS = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 8)))
 DATA = GaussianMixture(
@@ -47,7 +50,7 @@ N = 5
 
 
 def times_of(process, n: int = N) -> list[float]:
-    return ExponentialSchedule()(process, process.t_max, process.t_min, n).tolist()
+    return ExponentialSchedule()(process, process.t_max, LAST, n).tolist()
 
 
 def begun(process, rows: int = 6) -> torch.Tensor:
@@ -90,6 +93,21 @@ def test_the_network_sees_a_sample_of_the_level_it_is_told(process):
 
 
 @pytest.mark.parametrize("process", PROCESSES)
+def test_levels_stay_in_the_range_of_the_model(process):
+    times, told = [process.t_max, 0.5 * process.t_max, process.t_min * 1.1, 0.0], []
+
+    def spy(x, t):
+        told.append(t)
+        return x
+
+    denoise = asked(Problem(spy, process), times, [0.0, 0.4, -0.4])
+    for t in (process.t_max, process.t_max * (1 - 5e-5), times[2], 0.5 * process.t_min):
+        denoise(begun(process), t)
+    # The second one is the first sigma of a file after float32; the last one is below the range already.
+    assert told == [process.t_max, process.t_max * (1 - 5e-5), process.t_min, 0.5 * process.t_min]
+
+
+@pytest.mark.parametrize("process", PROCESSES)
 def test_without_offsets_it_is_the_sampler(process):
     times, x = times_of(process), begun(process)
     plain = sample(exact(process), DPMSolverPP(), x, times)
@@ -120,7 +138,7 @@ def test_the_search_finds_them(process):
     times, x = times_of(process), begun(process, 12)
     wrong = mistaken(process, times, 0.2)
     cohort = Cohort([lambda visit: visit(wrong, x)], [sample(exact(process), DDIM(), x, times)])
-    curve = Curve(process, process.t_max, process.t_min, N)
+    curve = Curve(process, process.t_max, LAST, N)
     inner = Schedules(DDIM(), curve)
     family = Decoupled(inner, N)
     begin = family.begin(inner.theta(times), Plan(DDIM(), times))
@@ -134,9 +152,13 @@ def drained(running):
     return list(running)
 
 
-@pytest.mark.parametrize("stages", [False, True])
-def test_derivatives_repeat_only_the_steps_they_must(stages):
-    solver = DPMSolverSinglestep(order=2) if stages else DPMSolverPP()
+@pytest.mark.parametrize(
+    "solver",
+    [DPMSolverPP(), DPMSolverSinglestep(order=2), Transformed(DPMSolverPP(), EpsilonScaling(b=1.05))],
+    ids=lambda s: s.id,
+)
+def test_derivatives_repeat_only_the_steps_they_must(solver):
+    """All, where a transform keeps the denoiser of the first step."""
     times, x = times_of(VE), begun(VE)
     inner = Schedules(solver, Curve(VE, VE.t_max, VE.t_min, N))
     family = Decoupled(inner, N, solver.calls > 1)
@@ -148,7 +170,20 @@ def test_derivatives_repeat_only_the_steps_they_must(stages):
         moved = eta.copy()
         moved[q] += h
         there, here = (end(cohort.residuals(family.plan(e)))[0] for e in (moved, eta))
-        assert torch.allclose(J[..., q], (there - here) / h, atol=1e-9), q
+        assert torch.allclose(J[..., q], (there - here) / h, atol=1e-9) and float(J[..., q].abs().max()) > 1e-6, q
+
+
+def test_derivatives_stay_within_what_a_file_may_hold():
+    """At the bound, and where what is resumed is beyond it."""
+    times, rows = times_of(VE), [[1.0]] * N
+    inner = Weights(tuple(times), 3)
+    family = Decoupled(inner, N)
+    resumed = family.begin(inner.theta(rows), fitted_plan(times, rows, [0.0, MOST, -MOST, MOST, 0.49]))
+    far = np.concatenate([inner.theta(rows), np.full(N - 1, 99.0)])
+    for theta in (resumed, far):
+        eta = family.natural(theta)
+        for q, h in enumerate(family.delta):
+            assert max(map(abs, offsets_of(family.plan(eta + h * np.eye(len(eta))[q])))) <= MOST
 
 
 def end(running):
@@ -174,6 +209,21 @@ def test_a_fitted_solver_has_them_too(process):
     for wrong in ([0.1] * N, [0.0] * (N + 1), [0.0, 0.9, 0.0, 0.0, 0.0], "no"):
         with pytest.raises(ValueError, match="offsets must be one number for each step"):
             FittedSolver(Artifact(plan.solver.calibration.kind, {**plan.solver.calibration.table, "offsets": wrong}))
+
+
+def test_a_fitted_solver_away_from_its_sigmas_is_like_any_other():
+    """Without a file, and adapted to other sigmas."""
+    times, x, offsets = times_of(VE), begun(VE), [0.0, 0.1, -0.2, 0.3, 0.05]
+    bare = decoupled(FittedSolver(), times, offsets)
+    plain = sample(exact(VE), Asked(FittedSolver(), tuple(times), tuple(offsets)), x, times)
+    assert torch.equal(sample(exact(VE), bare.solver, x, times), plain) and offsets_of(bare) == offsets
+    rows = [[1.0], [1.5, -0.5], [1.4, -0.4]]
+    file = fitted_plan(times_of(VE, 3), rows, [0.0, 0.2, 0.2]).solver.calibration
+    adapting = FittedSolver(file, elsewhere="adapt")
+    made = decoupled(adapting, times, offsets)
+    assert made.solver == Asked(adapting, tuple(times), tuple(offsets)) and made.times == times
+    assert offsets_of(Plan(adapting, times)) == [0.0] * N
+    assert isinstance(decoupled(adapting, times_of(VE, 3), [0.0, 0.1, 0.1]).solver, FittedSolver)
 
 
 def test_what_is_kept_in_inpainting_stays():

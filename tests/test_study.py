@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from quickstep_under_test.solvers.calibration import ends, engine
+from quickstep_under_test.solvers.calibration import study as studies
 from quickstep_under_test.solvers.calibration.cohort import Cohort
 from quickstep_under_test.solvers.calibration.predictor import Predictor, proposals
 from quickstep_under_test.solvers.calibration.space import KNOWN, Space
@@ -168,6 +170,12 @@ def test_a_search_keeps_all_it_saw_and_is_not_worse_than_the_best_start(sampler)
     assert trials[0].user_attrs["start"] == made.teacher["ranking"][0]
 
 
+def test_starts_for_which_there_was_no_time_are_queued_last():
+    made = study(left=lambda: 0.1)
+    made.join()
+    assert made._rank()["ranking"] == list(made.starts)
+
+
 def space_plan(made: Study):
     table = made.best
     return type(made.space.plan(made.space.own(made.starts[made.teacher["ranking"][0]])))(
@@ -229,8 +237,8 @@ def test_data_of_one_point_and_one_step_leave_everything_as_it_is():
 # Going on
 
 
-class Stop(Exception):
-    pass
+class Stop(BaseException):
+    """As ComfyUI's."""
 
 
 def test_a_search_goes_on_with_the_trial_it_would_have_made(tmp_path):
@@ -254,24 +262,140 @@ def test_two_workers_do_not_propose_the_same():
     assert first != second
 
 
-def test_stopped_in_the_middle_the_running_trial_is_tried_again(tmp_path):
+def followed(batch, tick):
+    """The batch, with ``tick`` called in each visit of the network."""
+
+    def run(visit):
+        def visited(problem, x):
+            def denoise(x, t):
+                tick()
+                return problem.denoise(x, t)
+
+            return visit(replace(problem, denoise=denoise), x)
+
+        return batch(visited)
+
+    return run
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize(("where", "most"), [("between visits", 20), ("in the network", 25)])
+def test_stopped_in_the_middle_the_running_trial_is_tried_again(tmp_path, where, most, error):
     made, seen = study(tmp_path / "s.db", steps=2), []
 
     def tick():
         seen.append(made.stage)
-        if seen.count("search") > 20:
-            raise Stop
+        if seen.count("search") > most:
+            raise error
 
-    made.tick = tick
-    with pytest.raises(Stop):
+    if where == "in the network":
+        made.fit.batches = [followed(one, tick) for one in made.fit.batches]
+    else:
+        made.tick = tick
+    with pytest.raises(error):
         made.run()
-    finished, (failed,) = made.finished(), [t for t in made.study.get_trials() if t.state.name == "FAIL"]
-    waiting = [t.system_attrs["fixed_params"] for t in made.study.get_trials() if t.state.name == "WAITING"]
-    assert len(finished) >= 2 and made.best is not None and waiting[-1] == failed.params
+    trials = made.study.get_trials()
+    finished, (failed,) = made.finished(), [t for t in trials if t.state.name == "FAIL"]
+    waiting = [t.system_attrs["fixed_params"] for t in trials if t.state.name == "WAITING"]
+    assert len(finished) >= 2 and made.best is not None and waiting.count(failed.params) == 1
+    assert "RUNNING" not in {t.state.name for t in trials}
     again = study(tmp_path / "s.db", steps=2)
     again.run()
     assert [t.params for t in again.finished()[: len(finished)]] == [t.params for t in finished]
     assert failed.params in [t.params for t in again.study.get_trials() if t.state.name in ("COMPLETE", "PRUNED")]
+
+
+def test_a_trial_that_another_took_for_dead_does_not_end_the_worker(tmp_path):
+    optuna, given_up = engine.needed("optuna"), []
+    made = study(tmp_path / "s.db", steps=2, trials=6)
+
+    def tick():
+        if made.ran == 2 and not given_up:
+            other = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/s.db")
+            given_up.extend(t.number for t in other.trials if t.state.name == "RUNNING")
+            other.tell(given_up[0], state=optuna.trial.TrialState.FAIL)
+
+    made.tick = tick
+    made.run()
+    failed = [t.number for t in made.study.get_trials() if t.state.name == "FAIL"]
+    assert failed == given_up and len(failed) == 1 and made.ran == 6 and made.after is not None
+
+
+def test_an_error_in_the_network_ends_the_worker():
+    made = study(steps=2)
+
+    def tick():
+        assert made.ran < 2
+
+    made.fit.batches = [followed(one, tick) for one in made.fit.batches]
+    with pytest.raises(AssertionError):
+        made.run()
+    assert len(made.finished()) == 2 and "RUNNING" not in {t.state.name for t in made.study.get_trials()}
+
+
+@pytest.mark.parametrize(
+    ("options", "without", "ran"),
+    [({}, "", 1), ({}, "times", 5), ({"sampler": "nsga-ii", "least": 2}, "", 5), ({"lead": False}, "", 5)],
+    ids=["times are refined", "not searched", "error against calls", "by another"],
+)
+def test_time_is_held_back_for_times_only_where_they_are_refined(options, without, ran):
+    made = study(trials=5, left=lambda: 0.2, **options)
+    made.space = replace(made.space, decisions=tuple(d for d in made.space.decisions if d != without))
+    made.join()
+    made.teach()
+    made.search()
+    assert made.ran == ran
+
+
+def queued(made: Study) -> list[str]:
+    return [t.user_attrs["start"] for t in made.study.get_trials() if "start" in t.user_attrs]
+
+
+@pytest.mark.parametrize("when", ["while the starts are ranked", "while the teacher runs"])
+def test_two_who_begin_at_once_have_one_ranking_and_one_queue(tmp_path, monkeypatch, when):
+    """The second one does all of its part between two visits of the first one, with another opinion of the teacher."""
+    first, second = (study(tmp_path / "s.db") for _ in range(2))
+    first.join()
+    second.join()
+    converge, asked = studies.converge, []
+
+    def otherwise(cohort, *rest):
+        steps, error, off = yield from converge(cohort, *rest)
+        asked.append(cohort)
+        return (steps, error, off) if cohort is first.fit else (2 * steps, error, off[::-1])
+
+    monkeypatch.setattr(studies, "converge", otherwise)
+
+    def tick():
+        if bool(first.teacher) == (when == "while the teacher runs") and not second.teacher:
+            second.teach()
+
+    first.tick = tick
+    first.teach()
+    known = first.study.user_attrs[studies.TEACHER]
+    assert second.teacher and len(asked) == (2 if when == "while the starts are ranked" else 1)
+    for made in (first, second):
+        assert {**known, **made.teacher} == known
+    assert sorted(queued(first)) == sorted(first.starts) and queued(first) == known["ranking"]
+
+
+def test_killed_while_the_starts_are_queued_the_next_queues_the_rest(tmp_path, monkeypatch):
+    made = study(tmp_path / "s.db")
+    made.join()
+    enqueue = made.study.enqueue_trial
+
+    def killed(*arguments, **options):
+        if len(queued(made)) == 2:
+            raise Stop
+        enqueue(*arguments, **options)
+
+    monkeypatch.setattr(made.study, "enqueue_trial", killed)
+    with pytest.raises(Stop):
+        made.teach()
+    again = study(tmp_path / "s.db")
+    again.join()
+    again.teach()
+    assert len(queued(made)) == len(again.starts) and sorted(queued(again)) == sorted(again.starts)
 
 
 def test_only_the_same_search_is_joined(tmp_path):
@@ -305,10 +429,20 @@ def test_the_teachers_ends_are_taken_from_files_if_they_are_of_this_network(tmp_
     assert taught("")[0] == 6 * batch
 
 
+@pytest.mark.parametrize("left", [("fit-2", "select-0"), ("select-0", "select-1")], ids=str)
+def test_whichever_files_there_are_one_is_compared(tmp_path, left):
+    """Some of another network's: none of them counts."""
+    taught(str(tmp_path))
+    for file in tmp_path.iterdir():
+        if file.stem not in left:
+            file.unlink()
+    assert taught(str(tmp_path), mixture(seed=2))[0] == 6 * 4 * 40
+
+
 def test_killed_while_the_teacher_runs_it_loses_a_batch(tmp_path):
     taught(str(tmp_path), stop=4)  # three are in files, the fourth is not yet
     calls = taught(str(tmp_path))[0]
-    assert calls in (3 * 4 * 40, 4 * 4 * 40)  # one of them is run again to see
+    assert calls == 4 * 4 * 40  # one of them is run again to see
 
 
 CHILD = """

@@ -12,10 +12,10 @@ import torch
 from ..artifact import Artifact
 from ..method import part
 from ..process import RectifiedFlow, VarianceExploding
-from ..solver import Denoise, Problem, SameCost, Solver, Step
-from ..transform import Transform
+from ..solver import Denoise, Problem, SameCost, Solver, Step, Wrapper
+from ..transform import Transform, Transformed
 from .asking import MOST, asked, check_sigmas
-from .families import Plan, fitted_plan
+from .families import Plan, Schedules, fitted_plan
 from .fitted import FittedSolver
 from .wider import Wider
 
@@ -90,10 +90,12 @@ class Asked(SameCost):
 class Decoupled(Wider):
     """Another family's runs with decoupled times: an offset for each inner one, smaller than ``MOST``."""
 
-    most: float = MOST
+    most: float = MOST - 0.03  # finite differences go further, by ``small``
 
     @property
     def begins(self) -> list[int]:
+        if isinstance(self.inner, Schedules) and transforms(self.inner.solver):
+            return [0] * (self.n - 1)
         # Between two times the network is asked with an offset between theirs.
         return [i if self.stages else i + 1 for i in range(self.n - 1)]
 
@@ -105,10 +107,15 @@ class Decoupled(Wider):
 
 
 def decoupled(solver: Solver, times: Sequence[float], offsets: Sequence[float]) -> Plan:
-    """A run with these offsets; a fitted solver keeps them itself."""
-    if isinstance(solver, FittedSolver):
+    """A run with these offsets; a fitted solver on its own sigmas keeps them itself."""
+    if isinstance(solver, FittedSolver) and solver.at_home(times):
         return fitted_plan(times, solver.weights, offsets, solver.scales or None)
     return Plan(Asked(solver, tuple(times), tuple(offsets)), list(times))
+
+
+def transforms(solver: Solver) -> bool:
+    """Whether there is a transform in it, which keeps the denoiser of the first step, offsets included, to the end of the run."""
+    return isinstance(solver, Transformed) or (isinstance(solver, Wrapper) and transforms(solver.solver))
 
 
 def levels(found: Artifact) -> list[float]:
@@ -121,5 +128,7 @@ def levels(found: Artifact) -> list[float]:
 
 def offsets_of(plan: Plan) -> list[float]:
     """Those of a run; zeros where it has none."""
-    offsets = list(plan.solver.offsets) if isinstance(plan.solver, Asked | FittedSolver) else []
-    return offsets or [0.0] * (len(plan.times) - 1)
+    solver, zeros = plan.solver, [0.0] * (len(plan.times) - 1)
+    if isinstance(solver, Asked) or (isinstance(solver, FittedSolver) and solver.at_home(plan.times)):
+        return list(solver.offsets) or zeros
+    return zeros

@@ -27,14 +27,15 @@ class Ends:
     def teach(self, process: ForwardProcess, steps: int) -> Running:
         """Gives both their targets.
 
-        One batch is always run, to see that the files are of this network; if not, none of them counts. The others in some
-        order, and only if there is no file: workers with the same folder share the work, and one that was killed loses a batch.
+        One batch is always run, one that has a file, to see that the files are of this network; if not, none of them counts. The
+        others in some order, and only if there is no file: workers with the same folder share the work, and one that was killed
+        loses a batch.
         """
         for cohort in self.cohorts.values():
             cohort.targets = [torch.empty(0)] * len(cohort.batches)
         places = [(name, i) for name, cohort in self.cohorts.items() for i in range(len(cohort.batches))]
         random.SystemRandom().shuffle(places)
-        first = next(place for place in places if place[0] == "fit")
+        first = min(places, key=lambda place: (not self._file(*place).exists(), place[0] != "fit"))
         places = [first, *(place for place in places if place != first)]
         trusted = bool(self.folder)
         for n, (name, i) in enumerate(places):

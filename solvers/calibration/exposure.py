@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -90,7 +90,7 @@ def norms(
                     seen[t] = [size(x, x0, t)]
                 return x0
 
-            sample(Problem(denoise, process), plan.solver, x, plan.times)
+            sample(replace(problem, denoise=denoise), plan.solver, x, plan.times)
             for t, found in seen.items():
                 noisy = one.noised(process, x, t, seed + i)
                 found.append(size(noisy, problem.denoise(noisy, t), t))

@@ -111,6 +111,10 @@ class FittedSolver(Solver):
     def scales(self) -> list[float]:
         return self.calibration.table.get("scales", []) if self.calibration is not None else []
 
+    def at_home(self, times: Sequence[float]) -> bool:
+        """Whether these are the sigmas it was fitted for, where it is linear, with the weights of its file."""
+        return bool(self.weights) and self.sigmas == list(times)
+
     @property
     def span(self) -> int:
         return max(map(len, self.weights), default=2)

@@ -23,8 +23,8 @@ PENALTY, LOOSE, TIGHT = 1e9, (4, 0.15), (20, 0.01)
 
 @dataclass(frozen=True)
 class HSO(Computed):
-    """Hierarchical schedule optimization: computes sigmas in a second, without any network call, for whatever sampler, and keeps
-    them apart in training time. For about 5 steps. The same for all models with the same range of sigmas.
+    """Hierarchical schedule optimization: computes sigmas for whatever sampler, and keeps them apart in training time. For about 5
+    steps. The computation needs no network; trying what it proposes does. The same for all models with the same range of sigmas.
 
     Below, a descent on the midpoint rule
 

@@ -24,7 +24,7 @@ _FLOOR, _FINE = 1e-4, 4001
 @dataclass(frozen=True)
 class KineticOptimal(Proposal):
     """Measures how well your model tells its samples apart at each noise level, and goes from noise to data with the least kinetic
-    energy. One measurement gives every number of steps; it knows nothing of the sampler.
+    energy. On the demo networks that brought nothing. One measurement gives every number of steps; it knows nothing of the sampler.
 
     Among x_r = alpha_r x_0 + sigma_r eps, all of which one model serves, it takes the path with the least int E || u_r ||^2 dr,
 

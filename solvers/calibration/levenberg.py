@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from .cohort import Cohort
 from .families import Family, Plan
 from .losses import Loss
+from .tangents import jacobian
 
 _TRIES, _STALE = 6, 3
 _ENOUGH, _FIRST, _FAR = 2e-3, 0.3, 1.5
@@ -43,11 +45,11 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
     eta = family.natural(theta)
     r, rms = yield from cohort.residuals(family.plan(eta))
     yield Candidate(family.plan(eta), loss(rms), theta, rms)
-    if not len(eta):
+    if not len(eta) or not math.isfinite(loss(rms)):
         return
     radius = _FIRST
     while True:
-        J = yield from cohort.jacobian(family, eta, _SHARE)
+        J = yield from jacobian(cohort, family, eta, _SHARE)
         begun, failed, most = loss(rms), 0, _TRIES
         while failed < most:
             new = theta + _step(J, family.slope(theta), r[: len(J)], loss.weights(rms)[: len(J)], radius)

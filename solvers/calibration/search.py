@@ -52,9 +52,11 @@ class Search(ABC):
 
     Whoever iterates may stop at any yield; ``close`` then still measures what was found, ``release`` forgets the teacher.
 
-    fit, select, report: three sets of samples. ``best`` is at every moment the candidate with the least loss on ``select``; no
-    start is better there. ``base`` is the best start. resumed: what an earlier search found, to go on from. left: the share of
-    the budget that is left, 1 to 0.
+    fit, select, report: three sets of samples. ``best`` is at every moment the candidate with the least loss on ``select`` of all
+    that were run there: of the starts these are the FINALISTS that are best on a few samples of ``fit``, and ``base`` is the best
+    of them. resumed: what an earlier search found, to go on from. left: the share of the budget that is left, 1 to 0.
+
+    ValueError where the teacher's samples are not finite.
     """
 
     process: ForwardProcess
@@ -94,8 +96,13 @@ class Search(ABC):
         self.teacher_steps, self.teacher_error, off = made
         yield from self.teach()
         yield from teach(self.select, self.process, self.teacher_steps)
+        if not all(bool(ends.isfinite().all()) for ends in (*self.fit.targets, *self.select.targets)):
+            raise ValueError(
+                f"The model's own samples of {self.teacher_steps} steps are not finite numbers: lower cfg, or load the model in "
+                "another precision, bf16 or fp32."
+            )
         self.stage = "starts"
-        ranked = yield from self._rank([name for _, name in sorted(zip(off, names, strict=True))[:FINALISTS]])
+        ranked = yield from self._rank([name for _, name in sorted(zip(off, names, strict=False))[:FINALISTS]])
         self.stage = "search"
         yield from self._climb(ranked)
         yield from self.close()
@@ -118,19 +125,18 @@ class Search(ABC):
         return {}
 
     def _rank(self, finalists: list[str]) -> Running:
-        """The starts, best first; what is resumed before all."""
-        losses = {}
-        for name in finalists:
-            plan = self.starts[name]
-            losses[name] = self.loss((yield from self.fit.errors(plan)))
-            yield from self._consider(plan, losses[name], name)
-            if self.best is plan:
-                self.base, self.base_label = plan, name
-        ranked = {name: self.starts[name] for name in sorted(losses, key=losses.__getitem__)[:CLIMBS]}
-        if self.resumed is None:
-            return ranked
-        yield from self._consider(self.resumed, self.loss((yield from self.fit.errors(self.resumed))), RESUMED)
-        return {RESUMED: self.resumed, **ranked}
+        """The starts, best first; what is resumed before all, so that it is kept however little time there is."""
+        losses, lowest = {}, float("inf")
+        resumed = {} if self.resumed is None else {RESUMED: self.resumed}
+        for name, plan in (resumed | {name: self.starts[name] for name in finalists}).items():
+            loss = self.loss((yield from self.fit.errors(plan)))
+            select = yield from self._consider(plan, loss, name)
+            if name in resumed:
+                continue
+            losses[name] = loss
+            if self.base is None or select < lowest:
+                self.base, self.base_label, lowest = plan, name, select
+        return resumed | {name: self.starts[name] for name in sorted(losses, key=losses.__getitem__)[:CLIMBS]}
 
     def _climb(self, ranked: dict[str, Plan]) -> Generator[None, None, None]:
         if not self._worthwhile():
@@ -144,11 +150,13 @@ class Search(ABC):
                     yield from self._consider(found.plan, self.loss(found.rms), ascent.label)
                 yield
 
-    def _consider(self, plan: Plan, loss: float, label: str) -> Generator[None, None, None]:
+    def _consider(self, plan: Plan, loss: float, label: str) -> Generator[None, None, float]:
+        """The loss on the samples that select."""
         select = self.loss((yield from self.select.errors(plan)))
         if self.best is None or select < min(trial.select for trial in self.trials):
             self.best = plan
         self.trials.append(Trial(self.calls, loss, select, label))
+        return select
 
     def _worthwhile(self) -> bool:
         """False where the best start is the teacher to rounding already, as with data of one point."""
@@ -200,17 +208,14 @@ class SolverSearch(Search):
             if self.joint:
                 times = curve.times(curve.levels(curve.logits(times)))
             family = Joint(curve, self.memory) if self.joint else Weights(tuple(times), self.memory)
-            ways = {
-                ", fitted": (yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at))
-            }
-            ways[""] = rows_of(plan)
-            losses = {}
-            for way, rows in ways.items():
-                losses[way] = self.loss((yield from self.fit.errors(fitted_plan(times, rows))))
+            rows = yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at)
+            ways, losses = {", fitted": fitted_plan(times, rows), "": moved(plan, times)}, {}
+            for way, begin in ways.items():
+                losses[way] = self.loss((yield from self.fit.errors(begin)))
             for way in sorted(losses, key=losses.__getitem__):
-                theta = family.theta(times, ways[way]) if isinstance(family, Joint) else family.theta(ways[way])
-                begin = plan if way == "" else fitted_plan(times, ways[way])
-                yield ascent(name + way, family, theta, begin, kinds)
+                rows = rows_of(ways[way])
+                theta = family.theta(times, rows) if isinstance(family, Joint) else family.theta(rows)
+                yield ascent(name + way, family, theta, ways[way], kinds)
 
     def release(self) -> None:
         if self.trajectories is not None:
@@ -230,6 +235,12 @@ def rows_of(plan: Plan) -> list[list[float]]:
     """The weights of a plan with a fitted solver."""
     assert isinstance(plan.solver, FittedSolver)
     return plan.solver.weights
+
+
+def moved(plan: Plan, times: Sequence[float]) -> Plan:
+    """All numbers of a plan with a fitted solver, on other times."""
+    assert isinstance(plan.solver, FittedSolver)
+    return fitted_plan(times, plan.solver.weights, plan.solver.offsets or None, plan.solver.scales or None)
 
 
 def curve_of(process: ForwardProcess, plan: Plan) -> Curve:

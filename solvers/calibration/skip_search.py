@@ -38,7 +38,7 @@ class SkipSearch(Search):
     set does is lost in what they do.
 
     whole: fewer steps of the whole network at no more work, to be compared with, on ``select``: ``whole_label``,
-    ``whole_select``.
+    ``whole_select``. tried: trials, of which several may come to the same sets; seen: all different ones.
     """
 
     solver: Solver = field(default_factory=FittedSolver)
@@ -49,6 +49,7 @@ class SkipSearch(Search):
     tries: int = 200
     seed: int = 0
     tried: int = 0
+    seen: set[Sets] = field(default_factory=set)
     whole_label: str = ""
     whole_select: float = float("inf")
 
@@ -100,6 +101,9 @@ class SkipSearch(Search):
                 if loss < min(losses.values(), default=LIMIT):
                     yield from self._consider(plan, loss, f"sets, trial {self.tried}")
                 losses[sets] = min(loss, LIMIT)
+                self.seen.add(sets)
+            else:
+                yield  # the user may stop here too
             study.tell(trial, losses[sets])
         return sorted(losses, key=losses.__getitem__)[:PARENTS]
 

@@ -49,8 +49,8 @@ class Study:
     ``fit`` at its time is run on ``select`` too, and the best there is the result: see ``best``, ``front``.
 
     about: what all who join must agree in, such as the model's fingerprint. lead: measures and refines the result; others only
-    run trials. tick: called after each visit of the network; may raise, then the trial is put in the queue again. left: share
-    of the time that is left.
+    run trials. tick: called after each visit of the network; may raise. What is no Exception, there or in the network, is the
+    user's stop, and the trial is put in the queue again. left: share of the time that is left.
     """
 
     fit: Cohort
@@ -76,7 +76,7 @@ class Study:
     before: torch.Tensor | None = None
     after: torch.Tensor | None = None
     ran: int = 0
-    stopped: bool = False
+    lost: bool = False
 
     @property
     def loss(self):
@@ -85,6 +85,11 @@ class Study:
     @property
     def calls(self) -> int:
         return self.fit.calls + self.select.calls + self.report.calls
+
+    @property
+    def refines(self) -> bool:
+        """Whether the best one's times are refined in the end."""
+        return self.lead and self.sampler != FRONT and "times" in self.space.decisions
 
     # What happens, in this order
 
@@ -137,9 +142,11 @@ class Study:
 
     def teach(self) -> None:
         """The teacher's ends, from the file if they are there. The first one of the study also ranks the starts."""
-        found = self.study.user_attrs.get(TEACHER)
-        if found is None:
-            found = self._rank()
+        if TEACHER not in self.study.user_attrs:
+            ranked = self._rank()
+            if TEACHER not in self.study.user_attrs:  # nobody was faster
+                self.study.set_user_attr(TEACHER, ranked)
+        found = self.study.user_attrs[TEACHER]
         self.teacher = found
         base = self.starts[found["ranking"][0]]
         if self.sampler == "cma-es":  # which searches numbers only
@@ -147,10 +154,10 @@ class Study:
         self.space = self.space.about(base)
         ends = Ends(self.fit, self.select, self.folder)
         self._drain(ends.teach(self.space.process, found["steps"]))
-        signs = found.get("signs")
+        signs = self.study.user_attrs[TEACHER].get("signs")  # again: others may have been faster
         if signs is None:
+            self._queue(found["ranking"])  # first: who is killed here leaves the rest of it to the next
             self.study.set_user_attr(TEACHER, {**found, "signs": ends.signs()})
-            self._queue(found["ranking"])
         elif not ends.agree(signs):
             raise ValueError(
                 f"The study {self.name!r} is of another model or other prompts: the teacher's pictures are different ones here; "
@@ -169,15 +176,21 @@ class Study:
 
         def late(study: Any, trial: Any) -> None:
             self.ran += 1
-            if self.left() <= (1.0 - SEARCHED if self.lead else 0.0) or self._solved():
+            if self.left() <= (1.0 - SEARCHED if self.refines else 0.0) or self._solved():
                 study.stop()
 
-        self.study.optimize(self._objective, callbacks=[enough, late])
+        while True:
+            self.lost = False
+            try:
+                return self.study.optimize(self._objective, callbacks=[enough, late])
+            except Exception:  # Optuna's, which does not expect that others end a trial
+                if not self.lost:
+                    raise
 
     def refine(self) -> None:
         """The times of the best one, by Levenberg-Marquardt, with what time is left."""
         trial = self.best_trial()
-        if trial is None or self.sampler == FRONT or "times" not in self.space.decisions or self._solved():
+        if trial is None or not self.refines or self._solved():
             return
         values, table = self._values(trial), self.space.table(self._values(trial))
         rows = tuple(replace(row, sigma=None) for row in table.steps)
@@ -254,12 +267,20 @@ class Study:
             better = [t for t in self.finished() if t.user_attrs["calls"] <= calls and t.values[0] <= value]
             if not better:
                 trial.set_user_attr("select", self.loss(self._errors(self.select, plan)))
-        except BaseException:
-            if self.stopped:
+        except BaseException as error:
+            if not isinstance(error, Exception) and self._running(trial):
                 label = {k: v for k, v in trial.user_attrs.items() if k == "start"}
                 self.study.enqueue_trial(trial.params, label)
+                if not isinstance(error, KeyboardInterrupt):  # of which Optuna tells by itself
+                    self.study.tell(trial, state=needed("optuna").trial.TrialState.FAIL)
             raise
+        finally:
+            self.lost = not self._running(trial)
         return (value, float(calls)) if self.sampler == FRONT else value
+
+    def _running(self, trial: Any) -> bool:
+        """Not so if another worker took it for dead, since there was no sign of life, and put it in the queue again."""
+        return self.study.get_trials(deepcopy=False)[trial.number].state.name == "RUNNING"
 
     def _raced(self, trial: Any, plan: Plan) -> list[float]:
         """Errors, as far as it is worth knowing them."""
@@ -290,18 +311,15 @@ class Study:
                 next(running)
             except StopIteration as end:
                 return end.value
-            try:
-                self.tick()
-            except BaseException:
-                self.stopped = True
-                raise
+            self.tick()
 
     def _rank(self) -> dict[str, Any]:
-        """How many steps the teacher needs, and the starts, best first; as the study has it, if somebody was faster."""
+        """How many steps the teacher needs, and the starts, best first."""
         labels, plans = list(self.starts), [self.space.plan(values) for values in self.starts.values()]
         steps, error, off = self._drain(converge(self.fit, self.space.process, plans, self.left, self.loss))
-        ranking = [label for _, label in sorted(zip(off, labels, strict=True))]
-        return self.study.user_attrs.get(TEACHER) or {"steps": steps, "error": error, "ranking": ranking}
+        ranking = [label for _, label in sorted(zip(off, labels, strict=False))]
+        ranking += labels[len(off) :]  # for which there was no time
+        return {"steps": steps, "error": error, "ranking": ranking}
 
     def _queue(self, ranking: list[str]) -> None:
         """The starts that the space has, best first; of each number of steps only some, if there are several."""

@@ -33,16 +33,19 @@ def converge(
     left: Callable[[], float] = lambda: 1.0,
     loss: Loss = LOSSES["rms"],
 ) -> Running:
-    """How many steps the teacher needs, its mean error then, and the students' losses, all on a few samples.
+    """How many steps the teacher needs, its mean error then, and the losses of the first students, all on a few samples.
 
     It has enough steps when twice as many change its end by no more than SHARE of what the best student is off, which is the
-    error that is going to be made smaller. No more than MOST, nor when less than ROOM of the budget is left.
+    error that is going to be made smaller. No more than MOST, nor when less than ROOM of the budget is left; then no more
+    students are run either, but the first one is.
     """
     few, steps = Cohort(cohort.batches[: max(len(cohort.batches) // 4, 1)]), STEPS
     coarse = torch.cat((yield from few.ends(lesson(process, steps))))
     made = []
     for student in students:
         made.append(torch.cat((yield from few.ends(student))))
+        if left() < ROOM:
+            break
     while True:
         fine = torch.cat((yield from few.ends(lesson(process, 2 * steps))))
         change, *off = (_apart(x, fine) for x in (coarse, *made))
@@ -77,7 +80,7 @@ class Trajectories:
 
     def __init__(self, process: ForwardProcess, steps: int, samples: int, shape: Sequence[int], folder: str):
         self.plan = lesson(process, steps)
-        self.x, self.slope = (States(steps, samples, shape, folder) for _ in range(2))
+        self.x, self.slope = (States(steps, samples, shape, folder, files=files) for files in (2, 1))
 
     @property
     def nbytes(self) -> int:

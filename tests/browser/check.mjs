@@ -70,7 +70,7 @@ async function run() {
       if (event.detail.output?.images?.length) shown.push(String(event.detail.display_node ?? event.detail.node))
     })
     for (const kind of ['execution_success', 'execution_error', 'execution_interrupted'])
-      app.api.addEventListener(kind, (event) => resolve([kind, event.detail.exception_message ?? '']), { once: true })
+      app.api.addEventListener(kind, (event) => resolve([kind, event.detail.exception_message ?? '', event.detail.prompt_id]), { once: true })
     setTimeout(() => resolve(['timeout', 'after 5 minutes']), 300000)
     app.queuePrompt(0, 1)
   })
@@ -78,5 +78,5 @@ async function run() {
     (app.rootGraph ?? app.graph).nodes.filter((node) => node.imgs?.some((img) => img.naturalWidth > 0))
   for (let i = 0; i < 40 && drawn().length < new Set(shown).size; i++)
     await new Promise((resolve) => setTimeout(resolve, 250)) // the pictures load
-  return { kind: end[0], message: end[1], shown, drawn: drawn().map((node) => String(node.id)) }
+  return { kind: end[0], message: end[1], id: end[2], shown, drawn: drawn().map((node) => String(node.id)) }
 }

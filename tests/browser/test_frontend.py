@@ -1,11 +1,13 @@
 """Every shipped workflow in ComfyUI's real frontend: opened, compared, queued from the page. Screenshots in output/."""
 
+import io
 import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from quickstep_under_test.demo import testbed
 from quickstep_under_test.nodes import convert
 
@@ -55,8 +57,17 @@ def test_opens_unchanged(reports, object_info, file):
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
-def test_runs_from_the_page(classic, object_info, file):
+def test_runs_from_the_page(classic, server, file):
     end, workflow = classic[file.stem]["end"], json.loads(file.read_text(encoding="utf-8"))
+    assert not any("randomize" in (node.get("widgets_values") or []) for node in workflow["nodes"]), "seeds must stay"
     assert end["kind"] == "execution_success", end["message"]
     if any(node["type"] in ("SaveImage", "PreviewImage", "Quickstep_Compare") for node in workflow["nodes"]):
         assert end["shown"] and end["drawn"], "it ran, but no picture appeared"
+    outputs = server.json(f"/history/{end['id']}")[end["id"]]["outputs"]
+    prompt = classic[file.stem]["prompt"]
+    shown = {id for id, node in prompt.items() if node["class_type"] in ("SaveImage", "PreviewImage", "PreviewAny")}
+    assert shown and shown <= outputs.keys()
+    for output in outputs.values():
+        for image in output.get("images", []):
+            picture = Image.open(io.BytesIO(server.image(image)))
+            assert any(low != high for low, high in picture.convert("RGB").getextrema()), f"{image} is one flat colour"

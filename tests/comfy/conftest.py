@@ -27,7 +27,7 @@ atexit.register(shutil.rmtree, args.base_directory, ignore_errors=True)
 import folder_paths  # noqa: E402
 import pytest  # noqa: E402
 import utils.install_util  # noqa: E402, F401
-from quickstep_under_test.nodes import artifacts  # noqa: E402
+from quickstep_under_test.nodes import artifacts, calibration_run  # noqa: E402
 
 
 @pytest.fixture
@@ -40,3 +40,16 @@ def folder(tmp_path, monkeypatch):
     path = tmp_path / artifacts.FOLDER
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """Those that nodes run, as they come."""
+    begin, seen = calibration_run.Pursuit.__post_init__, []
+
+    def noted(self):
+        begin(self)
+        seen.append(self.search)
+
+    monkeypatch.setattr(calibration_run.Pursuit, "__post_init__", noted)
+    return seen

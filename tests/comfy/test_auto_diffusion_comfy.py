@@ -191,7 +191,10 @@ def test_what_cannot_be_searched_is_refused_before_any_call(scored, caplog):
         ({"solver": RhoRK()}, "calls the network more than once in a step"),
         ({"model": attach.attach(models.unet(), AutoDiffusion())}, "found plan is on the model; take it off"),
         ({"scores": "wrong.json"}, "there is no file 'wrong.json'"),
+        ({"resume": "flow.json"}, "flow.json is for another model. It was found for a flow model"),
     ]
+    flow = Artifact(KIND, {"sigmas": [1.0, 0.5, 0.0]}, found_for=FoundFor(process="flow"))
+    save(scored / "flow.json", flow)
     for options, words in refused:
         with pytest.raises(ValueError, match=words):
             searched("unet", **options)

@@ -9,6 +9,7 @@ import comfy.sample
 import comfy.utils
 import pytest
 import torch
+from comfy.controlnet import ControlBase
 from comfy_extras.nodes_custom_sampler import Guider_Basic, RandomNoise, SamplerCustomAdvanced
 from quickstep_under_test.nodes import artifacts, live
 from quickstep_under_test.nodes.bridge import sampler
@@ -61,7 +62,7 @@ def find(kind="flow", count=4, cls=FindStartNoise, **more):
     given = dict(
         model=told(kind), positive=condition(MEANS[0]), negative=condition(0.0), references=references(count),
         positives={f"positive{i}": condition(m) for i, m in enumerate(MEANS[1:count])}, sampler=sampler(DDIM()),
-        sigmas=times(kind), cfg=1.0, candidates=6, minutes=1.0, seed=5, name="mine", few=count, together=4,
+        sigmas=times(kind), cfg=1.0, candidates=6, minutes=60.0, seed=5, name="mine", few=count, together=4,
     )  # fmt: skip
     with torch.inference_mode():
         return cls.execute(**given | more).args
@@ -143,6 +144,16 @@ def test_one_conditioning_serves_all_and_a_batch_of_pictures_is_taken_apart():
     assert len(each(batch, {"positive0": batch, "positive1": batch}, 3, "")) == 3
     with pytest.raises(ValueError, match="here: 2 conditionings are connected; connect one, or 3, one per reference"):
         each(batch, {"positive0": batch}, 3, "here")
+
+
+def test_a_controlnet_with_a_batch_of_pictures_is_refused():
+    """Also behind another one. It is no tensor, so that nothing is taken apart: every noise would get another picture."""
+    one, many = (ControlBase().set_cond_hint(torch.rand(n, 3, 48, 48)) for n in (1, 3))
+    text = torch.zeros(1, 2, 3)
+    assert each([[text, {"control": one}]], None, 3, "")[2][0][1]["control"] is one
+    assert len(each([[text, {"control": many}]], None, 1, "")) == 1
+    with pytest.raises(ValueError, match=r"here: its ControlNet .*; connect one conditioning for each reference"):
+        each([[text, {"control": ControlBase().set_previous_controlnet(many)}]], None, 3, "here")
 
 
 def test_few_references_and_one_candidate(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
@@ -9,7 +11,7 @@ import pytest
 import torch
 from quickstep_under_test.nodes import artifacts, calibration, calibration_run
 from quickstep_under_test.nodes.attach import attach
-from quickstep_under_test.nodes.bridge import process_of, sampler
+from quickstep_under_test.nodes.bridge import process_of, sampler, transformed
 from quickstep_under_test.nodes.calibration import FitSolver, OptimizeSchedule
 from quickstep_under_test.nodes.calibration_found import FoundSchedule, InspectCalibration
 from quickstep_under_test.nodes.calibration_ld3 import LD3
@@ -19,6 +21,7 @@ from quickstep_under_test.solvers.adaptive import DPMSolverAdaptive
 from quickstep_under_test.solvers.artifact import Artifact, load, save
 from quickstep_under_test.solvers.caching.deepcache import DeepCache
 from quickstep_under_test.solvers.calibration import decoupled, search
+from quickstep_under_test.solvers.calibration.families import fitted_plan
 from quickstep_under_test.solvers.calibration.fitted import KIND, FittedSolver
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
 
@@ -35,7 +38,7 @@ def small(monkeypatch):
     monkeypatch.setattr(search, "CLIMBS", 1)
 
 
-def given(kind="flow", *, model=None, batch=3, steps=4, count=4, minutes=5.0, name="mine", cfg=1.0) -> dict:
+def given(kind="flow", *, model=None, batch=3, steps=4, count=4, minutes=60.0, name="mine", cfg=1.0) -> dict:
     return dict(
         model=model or models.gaussian(kind, std=0.7), positive=CONDITION, negative=CONDITION,
         latent={"samples": models.latent(batch)}, cfg=cfg, steps=steps, samples=count, minutes=minutes, seed=5, name=name,
@@ -52,6 +55,17 @@ def fit(**options):
     extra = {key: options.pop(key) for key in ("memory", "resume", "sigmas", "prompts") if key in options}
     with torch.inference_mode():
         return FitSolver.execute(**given(**options), **extra).args
+
+
+def selected(made: search.Search, plan) -> float:
+    """A run's loss on the samples that select, measured anew."""
+    running = made.select.errors(plan)
+    with torch.inference_mode():
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                return made.loss(end.value)
 
 
 def error(kind: str, how, sigmas) -> float:
@@ -77,7 +91,7 @@ def test_schemas(folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_schedule_is_found_kept_and_used(folder, kind):
+def test_a_schedule_is_found_kept_and_used(folder, searches, kind):
     sigmas, curve, drawing, report = schedule(kind=kind)
     process = process_of(models.gaussian(kind))
     assert sigmas.dtype == torch.float32 and len(sigmas) == 5 and sigmas[-1] == 0.0
@@ -92,6 +106,10 @@ def test_a_schedule_is_found_kept_and_used(folder, kind):
     assert file.name == "mine.json" and then.solver == "DDIM" and then.steps == 4 and then.cfg == 1.0
     assert then.loss_after < then.loss_before and then.model and then.process == ("flow" if kind == "flow" else "ve")
     assert f"{then.loss_after:.4f} after" in report and "mine.json" in report
+    (made,) = searches
+    before, after = (selected(made, plan) for plan in (made.base, made.best))
+    assert found.table["select_before"] == pytest.approx(before) and after < 0.99 * before
+    assert found.table["select_after"] == pytest.approx(after)
     again, about = FoundSchedule.execute("mine.json", models.gaussian(kind, std=0.7)).args
     assert torch.equal(again, sigmas) and "DDIM" in about and "4" in about
 
@@ -116,6 +134,13 @@ def test_weights_alone_keep_the_sigmas(folder):
     sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
     how, same, *_ = fit(sigmas=sigmas, memory=4, steps=99)
     assert torch.allclose(same, sigmas) and max(map(len, how.solver.weights)) == 4
+    again = fit(sigmas=sigmas, memory=4, resume="mine.json", minutes=0.05)[1]
+    assert torch.equal(again, same)
+    other = torch.tensor([1.0, 0.8, 0.6, 0.2, 0.0])
+    with pytest.raises(
+        ValueError, match=r"Fit Solver: sigma 0.6 was given where the file to resume was fitted for 0.5"
+    ):
+        fit(sigmas=other, resume="mine.json")
     with pytest.raises(ValueError, match="must run from 1 to 0"):
         fit(sigmas=sigmas[1:])
 
@@ -137,7 +162,10 @@ def test_stopped_by_the_user_it_keeps_the_best_and_goes_on_later(folder, monkeyp
     monkeypatch.setattr(calibration_run.Pursuit, "_show", show)
     (file,) = folder.iterdir()
     stopped = load(file)
-    assert stopped.found_for.loss_before is None and stopped.table["select_after"] <= stopped.table["select_before"]
+    made = seen[-1].search
+    tried = [selected(made, made.starts[label]) for label in {trial.label for trial in made.trials}]
+    assert stopped.found_for.loss_before is None and stopped.table["select_before"] == pytest.approx(min(tried))
+    assert stopped.table["select_after"] == pytest.approx(selected(made, made.best))
     assert "stopped before" in InspectCalibration.execute("mine.json").args[1]
     assert all(s.search.trajectories is None for s in seen if hasattr(s.search, "trajectories"))
     run(resume="mine.json", minutes=0.2)
@@ -147,9 +175,43 @@ def test_stopped_by_the_user_it_keeps_the_best_and_goes_on_later(folder, monkeyp
         run(resume="mine.json", steps=6)
 
 
-def test_time_ends_it_with_a_report(folder):
-    sigmas, *_, report = schedule(minutes=0.05, steps=6, count=16)
-    assert len(sigmas) == 7 and "kept aside" in report
+@pytest.mark.parametrize("tried", [1, 3])
+def test_time_ends_it_with_a_report(folder, searches, monkeypatch, tried):
+    """After the first start, and after the first step of the search."""
+
+    def left(self):
+        return -1.0 if self.search.base is not None and len(self.search.trials) >= tried else 1.0
+
+    monkeypatch.setattr(calibration_run.Pursuit, "left", left)
+    sigmas, *_, report = schedule(steps=6, count=16)
+    (made,) = searches
+    assert len(sigmas) == 7 and "kept aside" in report and len(made.trials) == tried
+    assert ("The time was over before the search began" in report) == (tried == 1)
+
+
+def test_what_was_found_is_saved_before_the_teacher_is_forgotten(folder, monkeypatch):
+    def fail(self):
+        raise OSError("the file is in use")
+
+    monkeypatch.setattr(search.Search, "release", fail)
+    with pytest.raises(OSError, match="in use"):
+        schedule(minutes=0.05)
+    assert len(load(folder / "mine.json").table["sigmas"]) == 5
+
+
+@dataclass(frozen=True)
+class Diverging(DDIM):
+    """Ends nowhere."""
+
+    def step(self, *given):
+        made = super().step(*given)
+        return replace(made, x=made.x * torch.nan)
+
+
+def test_where_no_start_is_finite_there_is_a_report_all_the_same(folder):
+    *_, report = schedule(Diverging())
+    table = load(folder / "mine.json").table
+    assert table["select_before"] is table["select_after"] is None and "nan before" in report
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -169,6 +231,16 @@ def test_what_cannot_be_calibrated_is_refused(folder):
     for solver, words in ((DDIM(eta=1.0), "adds noise"), (DPMSolverAdaptive(), "chooses its own steps")):
         with pytest.raises(ValueError, match=words):
             schedule(solver)
+    tied = fitted_plan([1.0, 0.5, 0.0], [[1.0], [1.5, -0.5]]).solver
+    asks = decoupled.DecoupledTimes(Artifact(decoupled.KIND, {"sigmas": [1.0, 0.5, 0.0], "offsets": [0.0, 0.1]}))
+    for run in (schedule, ld3):
+        with pytest.raises(
+            ValueError, match="Fitted solver runs on the sigmas of its file alone, and here they are moved"
+        ):
+            run(tied)
+        with pytest.raises(ValueError, match="Decoupled times runs on the sigmas of its file alone"):
+            run(transformed(sampler(DDIM()), asks).solver)
+    assert calibration.deterministic(sampler(tied), "Find Start Noise") is tied  # which moves none
     with pytest.raises(ValueError, match="DeepCache is on the model"):
         schedule(model=attach(models.unet(), DeepCache()))
     with pytest.raises(ValueError, match="plain file name"):
@@ -191,6 +263,26 @@ def test_a_file_for_another_model_is_one_sentence(folder):
     save(folder / "ratios.json", Artifact("dc_ratios", {"ratios": [1.0, 0.9]}))
     with pytest.raises(ValueError, match="dc_ratios, which has no sigmas"):
         FoundSchedule.execute("ratios.json")
+
+
+@pytest.mark.parametrize("run", ["schedule", "fit", "ld3"])
+def test_a_search_of_another_model_is_not_gone_on_from(folder, monkeypatch, run):
+    """Said before the network is called."""
+    globals()[run](minutes=0.05)
+    monkeypatch.setattr(calibration_run.Pursuit, "run", None)
+    with pytest.raises(ValueError, match=r": mine.json is for another model. It was found for a flow model"):
+        globals()[run](kind="eps", resume="mine.json")
+
+
+def test_a_fitted_sampler_has_levels_too(folder):
+    """Without a file, and adapted: its weights stay in a file of their own."""
+    file = fitted_plan([1.0, 0.5, 0.0], [[1.0], [1.5, -0.5]]).solver.calibration
+    for number, solver in enumerate((FittedSolver(), FittedSolver(file, elsewhere="adapt"))):
+        how, sigmas, *_ = ld3(solver, minutes=0.1, name=f"mine{number}")
+        assert len(sigmas) == 5 and how.solver.solver == solver
+        assert "weights" not in load(folder / f"mine{number}.json", decoupled.KIND).table
+    schedule(FittedSolver(file, elsewhere="adapt"), minutes=0.1)
+    assert "weights" not in load(folder / "mine.json", calibration_run.SCHEDULE).table
 
 
 def with_gain(model):
@@ -226,7 +318,7 @@ def test_samples_are_the_same_at_any_batch_size_and_never_shared():
             3,
         )
         cohorts = set_.split(6)
-        assert [len(c.batches) for c in cohorts] == ([6, 6, 3] if batch == 1 else [2, 2, 1])
+        assert [len(c.batches) for c in cohorts] == ([6, 6, 3] if batch == 1 else [3, 2, 1])
         seen[batch] = [torch.cat([b(lambda problem, x: x.clone()) for b in c.batches]) for c in cohorts]
     for ones, fours in zip(seen[1], seen[4], strict=True):
         assert torch.equal(ones, fours)
@@ -247,7 +339,10 @@ def test_every_sample_has_its_own_prompt(extra):
         rows = torch.cat(made)
         ends.append(rows[rows[:, 0].flatten(1)[:, 0].argsort()])
     assert torch.equal(ends[0][:, 0], ends[1][:, 0]) and torch.allclose(ends[0], ends[1], atol=1e-4)
-    assert len(fit.batches) == (2 if not extra else 3)
+    assert len(fit.batches) == 3
+    assert [rows[0] for rows, _ in set_.numbered(range(12), 2)] == (
+        [0, 2, 4, 6, 8, 10] if not extra else [0, 1, 2, 6, 7, 8]
+    )
 
 
 def test_more_prompts_take_turns(folder):

@@ -10,6 +10,7 @@ from quickstep_under_test.nodes import calibration_dc
 from quickstep_under_test.nodes.bridge import process_of, sampler
 from quickstep_under_test.nodes.calibration_dc import FitDCCascade, SearchDCRatios
 from quickstep_under_test.nodes.samplers import NODES
+from quickstep_under_test.solvers.adaptive import DPMSolverAdaptive
 from quickstep_under_test.solvers.artifact import load, save
 from quickstep_under_test.solvers.dc_solver import KIND, DCSolver
 from quickstep_under_test.solvers.exponential import DDIM
@@ -50,8 +51,11 @@ def test_ratios_are_found_kept_and_used(folder, kind):
     assert same.ratios_at(1.0, 4) == found.table["ratios"]
     again = searched(models.gaussian(kind, std=0.7), resume="mine.json", name="again")[0].solver
     assert again.ratios_at(1.0, 4)[:2] == [1.0, 1.0]
+    other = models.gaussian("eps" if kind == "flow" else "flow")
+    with pytest.raises(ValueError, match=r"Search DC Ratios: mine.json is for another model"):
+        searched(other, resume="mine.json")
     with pytest.raises(ValueError, match="the file to resume has no ratios for 5 steps"):
-        searched(resume="mine.json", steps=5)
+        searched(models.gaussian(kind, std=0.7), resume="mine.json", steps=5)
 
 
 def test_what_is_no_better_is_not_kept(folder):
@@ -65,7 +69,8 @@ def test_what_is_no_better_is_not_kept(folder):
 def test_what_cannot_be_searched_is_refused(folder):
     for solver, words in (
         (DPMSolverSinglestep(), "is no multistep sampler"),
-        (DDIM(eta=1.0), "adds noise|no multistep"),
+        (DDIM(eta=1.0), "adds noise"),
+        (DPMSolverAdaptive(), "chooses its own steps"),
     ):
         with pytest.raises(ValueError, match=words):
             searched(solver=solver)

@@ -30,7 +30,7 @@ def run(id: str, kind: str = "flow", steps: int = 5, **settings):
     with torch.inference_mode():
         return NODES[id].execute(
             model=models.gaussian(kind, std=0.7), positive=condition, negative=condition,
-            latent={"samples": models.latent(3)}, sampler=sampler(DDIM()), cfg=1.0, steps=steps, samples=4, minutes=5.0,
+            latent={"samples": models.latent(3)}, sampler=sampler(DDIM()), cfg=1.0, steps=steps, samples=4, minutes=60.0,
             seed=5, name="mine", **settings,
         ).args  # fmt: skip
 

@@ -15,6 +15,7 @@ from quickstep_under_test.solvers.calibration.library import PROPOSALS
 from quickstep_under_test.solvers.exponential import DDIM
 
 from . import models
+from .test_calibration_comfy import selected
 
 CONDITION = models.conditioning(1)
 SMALL = {
@@ -33,7 +34,7 @@ def small(monkeypatch):
     monkeypatch.setattr(teacher, "MOST", 80)
 
 
-def run(id="GITS", kind="flow", *, model=None, steps=5, solver=None, name="mine", minutes=5.0, **settings):
+def run(id="GITS", kind="flow", *, model=None, steps=5, solver=None, name="mine", minutes=60.0, **settings):
     given = dict(
         model=model or models.gaussian(kind, std=0.7), positive=CONDITION, negative=CONDITION,
         latent={"samples": models.latent(3)}, sampler=sampler(solver or DDIM()), cfg=1.0, steps=steps, samples=4,
@@ -56,7 +57,7 @@ def test_there_is_a_node_for_each_method():
 
 @pytest.mark.parametrize("kind", ["flow", "eps"])
 @pytest.mark.parametrize("id", list(SMALL))
-def test_sigmas_are_found_kept_used_and_made_for_other_numbers(folder, id, kind):
+def test_sigmas_are_found_kept_used_and_made_for_other_numbers(folder, searches, id, kind):
     sigmas, curve, drawing, report = run(id, kind)
     model = models.gaussian(kind, std=0.7)
     process = process_of(model)
@@ -67,6 +68,11 @@ def test_sigmas_are_found_kept_used_and_made_for_other_numbers(folder, id, kind)
     then, table = found.found_for, found.table
     assert then.solver == "DDIM" and then.steps == 5 and then.loss_after <= then.loss_before
     assert table["proposal"]["id"] == id and table["proposal"]["levels"] == SMALL[id]["levels"] and table["measured"]
+    (search,) = searches
+    assert table["select_before"] == pytest.approx(min(selected(search, plan) for plan in search.starts.values()))
+    assert (
+        table["select_after"] == pytest.approx(selected(search, search.best)) and search.best.times == table["sigmas"]
+    )
     assert table["select_after"] <= table["select_before"] and (folder / "mine.json").stat().st_size < 60_000
     assert ("Kept: " in report) == (table["share"] > 0.0) and f"{then.loss_after:.4f} after" in report
     same, about = FoundSchedule.execute("mine.json", model, 5).args

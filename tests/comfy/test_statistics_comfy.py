@@ -7,8 +7,15 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from quickstep_under_test.nodes import calibration_statistics, live, plot
+from quickstep_under_test.nodes import (
+    calibration_statistics,
+    calibration_statistics_run,
+    calibration_statistics_start,
+    live,
+    plot,
+)
 from quickstep_under_test.nodes.bridge import process_of, sampler
+from quickstep_under_test.nodes.calibration_found import InspectCalibration
 from quickstep_under_test.nodes.calibration_statistics_ems import EstimateStatistics
 from quickstep_under_test.nodes.calibration_statistics_run import schedules
 from quickstep_under_test.nodes.calibration_statistics_score import (
@@ -20,6 +27,7 @@ from quickstep_under_test.nodes.calibration_statistics_score import (
 from quickstep_under_test.nodes.calibration_statistics_start import MeasureGaussian, SignalLeak, Teleport
 from quickstep_under_test.nodes.samplers import NODES
 from quickstep_under_test.solvers import ems
+from quickstep_under_test.solvers.adaptive import DPMSolverAdaptive
 from quickstep_under_test.solvers.artifact import load
 from quickstep_under_test.solvers.calibration import exposure, gaussian, score_mean
 from quickstep_under_test.solvers.exponential import DDIM, DPMSolverPP
@@ -121,6 +129,29 @@ def test_the_user_can_stop_it(folder, monkeypatch):
     assert seen[0] == 0 and sorted(seen) == seen and not list(folder.iterdir())
 
 
+@pytest.mark.parametrize("cls", [EstimateStatistics, MeasureGaussian], ids=lambda cls: cls.__name__)
+def test_what_took_long_is_in_a_file_before_it_is_compared(folder, monkeypatch, cls):
+    """Stopped then, it can be used; left alone, the same file has the comparison."""
+
+    def stopped(*arguments):
+        raise comfy.model_management.InterruptProcessingException
+        yield
+
+    with monkeypatch.context() as patched:
+        patched.setattr(calibration_statistics_run, "compared", stopped)
+        patched.setattr(calibration_statistics_start, "jumps", stopped)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(cls, **given(**CURVES[cls]))
+    (file,) = folder.iterdir()
+    found = load(file)
+    assert found.tensors and found.found_for.cfg == 1.0 and found.found_for.loss_after is None
+    assert file.name == "mine.safetensors" and InspectCalibration.execute(file.name).args[0].shape == (1, 600, 960, 3)
+    run(cls, **given(**CURVES[cls]))
+    again = load(folder / "mine_2.safetensors")
+    assert len(list(folder.iterdir())) == 2 and all(torch.equal(v, again.tensors[n]) for n, v in found.tensors.items())
+    assert again.found_for.loss_after is not None if cls is EstimateStatistics else again.table["jump_error"]
+
+
 CURVES = {
     EstimateStatistics: dict(statistics="economy", samples=4, levels=5, steps=1),
     FindScoreMean: dict(pictures={"samples": torch.zeros(4, 4, 8, 8)}, statistics="channel", samples=4, levels=5),
@@ -208,6 +239,8 @@ def test_epsilon_scaling_is_measured_kept_and_used(folder, kind):
 def test_epsilon_scaling_wants_a_whole_deterministic_run(folder):
     with pytest.raises(ValueError, match="adds noise with these settings"):
         run(MeasureEpsilonScaling, **given(samples=2, sampler=sampler(DDIM(eta=1.0)), sigmas=sigmas("flow", 3)))
+    with pytest.raises(ValueError, match="chooses its own steps"):
+        run(MeasureEpsilonScaling, **given(samples=2, sampler=sampler(DPMSolverAdaptive()), sigmas=sigmas("flow", 3)))
     with pytest.raises(ValueError, match="must run from 1 to 0"):
         run(MeasureEpsilonScaling, **given(samples=2, sampler=sampler(DDIM()), sigmas=sigmas("flow", 3)[1:]))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from quickstep_under_test.nodes import calibration, calibration_study_run, worker
+from quickstep_under_test.nodes import calibration, calibration_study_run, live, worker
 from quickstep_under_test.nodes.bridge import process_of
 from quickstep_under_test.nodes.calibration_found import InspectCalibration
 from quickstep_under_test.nodes.calibration_study import SearchSolver
@@ -102,6 +103,30 @@ def test_stopped_by_the_user_it_keeps_the_best(folder, monkeypatch):
         searched()
     comfy.model_management.interrupt_current_processing(False)
     assert load(folder / "mine.json", KIND).found_for.loss_after is None
+
+
+def test_a_refused_study_leaves_no_file(folder, monkeypatch):
+    """Before anything is compared, and when the teacher's pictures are."""
+    searched(trials=2)
+    (folder / "mine.json").unlink()
+    monkeypatch.setattr(live, "SAVE", 0.0)
+    monkeypatch.setattr(live, "PREVIEW", 0.0)
+    with pytest.raises(ValueError, match="its cfg is"):
+        searched(cfg=2.0)
+    with pytest.raises(ValueError, match="another model or other prompts"):
+        searched(models.gaussian("flow", mean=3.0, std=0.7))
+    assert list(folder.iterdir()) == []
+
+
+def test_time_for_the_report_is_put_aside_until_it_begins(folder):
+    report, space = SimpleNamespace(size=8), SimpleNamespace(most=5)
+    study = SimpleNamespace(report=report, space=space, teacher={"steps": 40}, calls=400, lead=True)
+    watch, left = calibration_study_run.Watch(study, None, 10.0, "mine"), {}
+    watch.live.began -= 60.0
+    for study.stage in ("search", "times", "report"):
+        left[study.stage] = watch.left()
+    assert left["search"] == pytest.approx(left["times"], abs=1e-3) == pytest.approx(0.8, abs=1e-3)
+    assert left["report"] == pytest.approx(0.9, abs=1e-3)
 
 
 def test_names_are_plain(folder):
