@@ -170,7 +170,7 @@ KINDS = {
 
 
 def together(cells: dict[Cell, list[Record]], names: tuple[str, ...], wanted) -> list[str]:
-    """The pairs that are good everywhere: those measured in all cells of a kind, by the geometric mean of error / the cell's best."""
+    """Good everywhere: the pairs measured in all cells of a kind, by the geometric mean of error / the cell's best."""
     ratios, count = defaultdict(list), 0
     for (name, cfg, nfe), rows in cells.items():
         found = {(r["side"], r["candidate"], r["schedule"]): r["mean"] for r in rows if exact(r)}

@@ -4,7 +4,7 @@
     python benchmarks/calibrated.py --quick            UNet and DiT at 5, 6, 8 and 10 calls, CFG 4 (two hours or three)
     python benchmarks/calibrated.py --report           the report alone
 
-Every calibration runs as its node does, on 8 captions and its own seeds; the report is on 48 other captions and noise. Beside it
+Every calibration runs as its node does, on 32 captions and its own seeds; the report is on 48 other captions and noise. Beside it
 stand, on the same report: the best pairs of sampler and schedule of ComfyUI's core and of Quickstep (the ``--keep`` best of
 ``solvers.py``'s screening, and of those the best *on the report*, so both have luck on their side and the calibration has not), and
 core's frozen tables. What was found for 8 calls is then used elsewhere: at other CFGs, numbers of steps and sizes, on 16 pictures,
@@ -43,7 +43,7 @@ from quickstep.solvers.exponential import DPMSolverPP  # noqa: E402
 RESULTS = OUTPUT / "calibrated.jsonl"
 FILES = OUTPUT / "calibrated"
 NETWORKS, STEPS, SCALES = ("unet", "dit", "unet_small"), (8, 5, 10, 6, 4, 20), (4.0, 1.0, 7.5)
-PICTURES, PROMPTS, SIZE, SAMPLES = 48, 8, 32, 32
+PICTURES, PROMPTS, BATCH, SIZE, SAMPLES = 48, 32, 8, 32, 32
 USUAL = {"dit": "Beta"}
 """The schedule on which a fitted solver is adapted to other numbers of steps; Karras elsewhere."""
 
@@ -97,7 +97,7 @@ def given(cell: Cell, minutes: float) -> dict:
     _, _, captions = world.sample(PROMPTS, torch.Generator().manual_seed(SEED + 500))
     first, *others = [prompts(clip, [caption]) for caption in captions]
     return {
-        "model": model, "positive": first, "negative": prompts(clip, [""]), "latent": {"samples": torch.zeros(PROMPTS, 3, 32, 32)},
+        "model": model, "positive": first, "negative": prompts(clip, [""]), "latent": {"samples": torch.zeros(BATCH, 3, 32, 32)},
         "cfg": cell.cfg, "steps": cell.steps, "samples": SAMPLES, "minutes": minutes, "seed": SEED + 600,
         "prompts": {f"prompt{i}": p for i, p in enumerate(others)}, "loss": "log",
     }  # fmt: skip

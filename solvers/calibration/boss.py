@@ -33,8 +33,8 @@ class BOSS(Proposal):
     of a mixture of Gaussians, best of Karras and exponential -> kept, at 5 and 10 steps: Euler .212 -> .150, .087 -> .065;
     DPM-Solver++ 2M .187 -> .187, .020 -> .014. As proposed: Euler .150, .074; 2M .205, .043. Demo networks at 8 steps of 2M,
     CFG 4, where 8 samples measured, 8 chose and 8 others reported: DiT .077 -> .034 from the best usual schedule (Beta); UNet
-    .113 -> .132 from Uniform, though better on those that chose: so few samples are too few. With 32 it was not measured; what *Curvature* gained with
-    8 was gone with them.
+    .113 -> .132 from Uniform, though better on those that chose: so few samples are too few. With 32 it was not measured; what
+    *Curvature* gained with 8 was gone with them.
 
     Source: Nguyen, Nguyen, Nguyen (2023), arXiv:2312.16414, section 3.
     """

@@ -17,8 +17,8 @@ from .proposal import Computed, Measured
 
 @dataclass(frozen=True)
 class DMN(Computed):
-    """Computes sigmas from the sampler's own weights: those with which errors of the predictions add up least. The computation needs
-    no network; trying what it proposes does. The same for all models with the same range of sigmas.
+    """Computes sigmas from the sampler's own weights: those with which errors of the predictions add up least. The computation
+    needs no network; trying what it proposes does. The same for all models with the same range of sigmas.
 
     A multistep sampler of order k changes x / sigma by sum_j c_j D_j in all, with c_j = sum_s J_{s,j} and
 

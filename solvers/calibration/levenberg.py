@@ -17,7 +17,10 @@ from .tangents import jacobian
 
 _TRIES, _STALE = 6, 3
 _ENOUGH, _FIRST, _FAR = 2e-3, 0.3, 1.5
-_HELD, _SHARE = 0.1, 0.5
+_HELD = 0.1
+
+STAGES = ((0.5, 0.1), (1.0, 0.03))
+"""Derivatives, coarse and fine: of which share of the samples, and what of the tangents may be lost (see ``tangents``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +40,19 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
 
     mu keeps the step within a radius, which grows with success and shrinks without.
 
-    All samples keep their noise, so that differences are those of the parameters. Directions are those of half of the samples,
-    where these come in several batches; all of them decide about a step. J comes from finite differences once, and is
-    then kept up to date by what each accepted step shows (Broyden), until there is no more gain; then once more. Ends when a
-    fresh J gives no gain either.
+    All samples keep their noise, so that differences are those of the parameters. J comes from finite differences once, and is
+    then kept up to date by what each accepted step shows (Broyden), until there is no more gain; then once more. It is of half of
+    the samples first, and coarse: all of them decide about a step. When that gives no gain even when fresh, J is of all samples,
+    and finer. Ends when that gives none either.
     """
     eta = family.natural(theta)
     r, rms = yield from cohort.residuals(family.plan(eta))
     yield Candidate(family.plan(eta), loss(rms), theta, rms)
     if not len(eta) or not math.isfinite(loss(rms)):
         return
-    radius = _FIRST
-    while True:
-        J = yield from jacobian(cohort, family, eta, _SHARE)
+    radius, stages = _FIRST, list(STAGES)
+    while stages:
+        J = yield from jacobian(cohort, family, eta, *stages[0])
         begun, failed, most = loss(rms), 0, _TRIES
         while failed < most:
             new = theta + _step(J, family.slope(theta), r[: len(J)], loss.weights(rms)[: len(J)], radius)
@@ -66,7 +69,7 @@ def refine(cohort: Cohort, family: Family, theta: np.ndarray, loss: Loss) -> Gen
             yield Candidate(plan, after, theta, rms)
             failed = failed + 1 if loss.error(after) > (1.0 - _ENOUGH) * loss.error(before) else 0
         if loss.error(loss(rms)) > (1.0 - 5.0 * _ENOUGH) * loss.error(begun):
-            return
+            stages.pop(0)
         radius = min(radius * 16.0, _FIRST)
 
 

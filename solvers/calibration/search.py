@@ -202,14 +202,17 @@ class SolverSearch(Search):
 
     def ascents(self, plans: dict[str, Plan]) -> Generator[Ascent | None, None, None]:
         assert self.trajectories is not None
-        kinds = [*[Rescaled] * self.rescale, *[Decoupled] * self.decouple]
+        kinds, tried = [*[Rescaled] * self.rescale, *[Decoupled] * self.decouple], []
         for name, plan in plans.items():
             curve, times = curve_of(self.process, plan), plan.times
             if self.joint:
                 times = curve.times(curve.levels(curve.logits(times)))
             family = Joint(curve, self.memory) if self.joint else Weights(tuple(times), self.memory)
-            rows = yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at)
-            ways, losses = {", fitted": fitted_plan(times, rows), "": moved(plan, times)}, {}
+            ways, losses = {"": moved(plan, times)}, {}
+            if times not in tried:  # what is fitted from the start depends on the times alone
+                tried.append(times)
+                rows = yield from sequential(self.fit, self.process, times, self.memory, self.trajectories.at)
+                ways[", fitted"] = fitted_plan(times, rows)
             for way, begin in ways.items():
                 losses[way] = self.loss((yield from self.fit.errors(begin)))
             for way in sorted(losses, key=losses.__getitem__):
