@@ -147,32 +147,32 @@ def test_active_settings_do_something(variant, name):
 @pytest.mark.smoke
 @under("gone")
 def test_it_is_gone_when_it_is_gone(variant, name, sessions):
-    model, cfg, steps = model_of(name), variant.cfg[-1], 6
+    model, cfg = model_of(name), variant.cfg[-1]
     network = model.model.diffusion_model
-    before = plain(name, cfg=cfg, steps=steps)
+    before = plain(name, cfg=cfg)
     attributes = {module: set(vars(module)) for module in network.modules()}
     on = attach.attach(model, variant.active)
-    whole = sample(on, name, cfg=cfg, steps=steps)
+    whole = sample(on, name, cfg=cfg)
     for error in (RuntimeError, comfy.model_management.InterruptProcessingException):
         calls = []
 
         def trip(*_, error=error, calls=calls):
             calls.append(None)
-            if len(calls) == 3:
+            if len(calls) == 4:
                 raise error()
 
         handle = network.register_forward_pre_hook(trip)
         try:
             with pytest.raises(error):
-                sample(on, name, cfg=cfg, steps=steps)
+                sample(on, name, cfg=cfg)
         finally:
             handle.remove()
             comfy.model_management.interrupt_current_processing(False)
         assert not last(on).finished
-    assert torch.equal(sample(on, name, cfg=cfg, steps=steps), whole)  # nothing of the runs before is left
+    assert torch.equal(sample(on, name, cfg=cfg), whole)  # nothing of the runs before is left
     off = attach.detach(on, variant.active)
     assert attach.on(off) == () and not any(attach.key_of(variant.active) in kinds for kinds in off.wrappers.values())
-    assert torch.equal(sample(off, name, cfg=cfg, steps=steps), before)
+    assert torch.equal(sample(off, name, cfg=cfg), before)
     assert attributes == {module: set(vars(module)) for module in network.modules()}
     gc.collect()
     assert sessions and all(ref() is None for ref in sessions)
