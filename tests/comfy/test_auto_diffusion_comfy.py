@@ -97,8 +97,8 @@ def test_a_plan_is_found_kept_and_used(scored, name, monkeypatch):
         """The best run's end on the first samples of the fit, by the search's own means, when it is over."""
         run(pursuit)
         best = pursuit.search.best
-        ends = pursuit.search.fit.batches[0](lambda problem, x: sample(problem, best.solver, x, best.times))
-        runs.append(ends)
+        visit = lambda problem, x: sample(problem, best.solver, x, best.times)  # noqa: E731
+        runs.append(torch.cat([batch(visit) for batch in pursuit.search.fit.batches])[:2])
 
     monkeypatch.setattr(calibration_run.Pursuit, "run", kept)
     model = MAKERS[name]()
