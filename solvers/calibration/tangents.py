@@ -16,8 +16,6 @@ from .cohort import Batch, Cohort, Running, sketch
 from .families import Family, Plan
 from .fitted import FittedSolver
 
-LOST = 0.01
-
 SMALL, NEAR, TINY = 0.02, 0.03, 1e-7
 """Finite differences: of a parameter, for the network's step along x; of log noise-to-signal; of formulas, in double precision."""
 
@@ -27,7 +25,7 @@ ROOM = 2**30
 _PIECE = 2**16
 
 
-def jacobian(cohort: Cohort, family: Family, eta: np.ndarray, share: float = 1.0, lost: float = LOST) -> Running:
+def jacobian(cohort: Cohort, family: Family, eta: np.ndarray, share: float, lost: float) -> Running:
     """What ``Cohort.jacobian`` returns, for runs with a fitted solver at a fraction of its cost; for others by it.
 
     Such a run mixes x_0 and the predictions D_j, with numbers that are known functions of eta, so
@@ -49,9 +47,11 @@ def jacobian(cohort: Cohort, family: Family, eta: np.ndarray, share: float = 1.0
     known = isinstance(plan.solver, FittedSolver) and plan.solver.at_home(plan.times)
     if not known or not len(eta) or 4 * vectors > ROOM:
         return (yield from cohort.jacobian(family, eta, share))
-    found = []
+    found, formulas = [], None
     for batch in some:
-        found.append((yield from _Bundle(cohort, batch, family, eta, lost).run()))
+        bundle = _Bundle(cohort, batch, family, eta, lost, formulas)
+        found.append((yield from bundle.run()))
+        formulas = bundle.formulas  # the same for all batches
     return torch.cat(found)
 
 
@@ -100,11 +100,13 @@ def _numbers(plan: Plan, process: ForwardProcess) -> tuple[np.ndarray, np.ndarra
 class _Bundle:
     """The tangents of one batch. ``v``: vectors seen, (samples, vectors, numbers); ``gram``: their inner products."""
 
-    def __init__(self, cohort: Cohort, batch: Batch, family: Family, eta: np.ndarray, lost: float):
+    def __init__(
+        self, cohort: Cohort, batch: Batch, family: Family, eta: np.ndarray, lost: float, formulas: Formulas | None
+    ):  # fmt: skip
         self.cohort, self.batch, self.family, self.eta, self.lost = cohort, batch, family, eta, lost
         self.times = family.plan(eta).times
         self.v = self.gram = torch.empty(0)
-        self.formulas: Formulas | None = None
+        self.formulas = formulas
         self.places: list[int] = []  # of x_0, D_0, D_1, ... among the vectors
         self.moves: list[tuple[slice, torch.Tensor]] = []  # of D_0, D_1, ...: d / d eta, by which vectors
 
@@ -143,7 +145,7 @@ class _Bundle:
         """Asks the network at z_i, and along what moves it."""
         if i == 0:
             self.gram = torch.empty(len(x), 0, 0, dtype=torch.float64)
-            self.formulas = Formulas.of(self.family, self.eta, problem.process)
+            self.formulas = self.formulas or Formulas.of(self.family, self.eta, problem.process)
             self._keep(x)
             self.places.append(0)
             x0 = problem.denoise(x, self.times[0])
