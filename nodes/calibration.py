@@ -219,9 +219,10 @@ class FitSolver(io.ComfyNode):
     same file. Interrupt at any time: the best so far is in the file, and ``resume`` goes on from it.
 
     Connect many prompts: on the demo networks 32 samples of 32 prompts gave .031 (UNet) and .072 (DiT), 32 samples of 8 prompts
-    and an earlier version of the search .043 and .099. That is the mean error of 48 other samples and prompts, at 8 steps, CFG 4 and 10 minutes on two CPU cores,
-    ``loss`` = log, where the best pair of ComfyUI's core has .061 and .094. The mean is ruled by the few samples that end in
-    another picture than the converged one; the geometric mean says how near all others come: .019 and .043, core .032 and .068.
+    and an earlier version of the search .043 and .099. That is the mean error of 48 other samples and prompts, at 8 steps, CFG
+    4 and 10 minutes on two CPU cores, ``loss`` = log, where the best pair of ComfyUI's core has .061 and .094. The mean is
+    ruled by the few samples that end in another picture than the converged one; the geometric mean says how near all others
+    come: .019 and .043, core .032 and .068.
 
     With a SIGMAS connected the schedule stays as it is, and only weights are fitted.
     """
