@@ -308,6 +308,8 @@ def laid_out(workflow: dict, note: str) -> dict:
     for index in sorted(columns):
         y = top
         for node in columns[index]:
+            if node["type"] == "PreviewImage":
+                node["size"] = [320, 280]  # it grows to that with its picture, over what is below
             node["pos"] = [round(x), round(y)]
             y += node["size"][1] + GAP_Y + TITLE
         x += max(node["size"][0] for node in columns[index]) + GAP_X

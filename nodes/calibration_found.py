@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import folder_paths
 from comfy_api.latest import io, ui
@@ -114,14 +115,14 @@ class InspectCalibration(io.ComfyNode):
         return artifacts.modified(file)
 
 
-def fits(found: Artifact, model, file: str, taker: str) -> list[str]:
-    """What to say when it is used with this model; ValueError where it cannot work."""
+def fits(found: Artifact, model, file: str, taker: str, sigmas: Sequence[float] = ()) -> list[str]:
+    """What to say when it is used with this model; ValueError where it cannot work. sigmas: its own, if not in its table."""
     process, network = process_of(model), type(model.model).__name__
     made_for = found.table.get("network")
     wrong = mismatches(found, process)
     if made_for not in (None, network):
         wrong.append(f"It was found for a {made_for}, and this is a {network}.")
-    top = (found.table.get("sigmas") or [process.t_max])[0]
+    top = (sigmas or found.table.get("sigmas") or [process.t_max])[0]
     if abs(top - process.t_max) > 1e-3 * process.t_max:
         wrong.append(f"It begins at sigma {top:g}, and this model at {process.t_max:g}.")
     if wrong:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -13,9 +14,12 @@ from ..solvers.usf import to_table
 from ..solvers.usf_table import KIND, Table, parse
 from . import artifacts, plot
 from .bridge import distinct, process_of, solver_in
+from .calibration_found import fits
+from .calibration_shown import in_words as described
 from .derive import PREFIX
 
 CATEGORY = "Quickstep/solver tables"
+log = logging.getLogger(__name__)
 TABLE_TIP = "A solver schedule as JSON text: from Solver to Table, Load Solver Table, or written by hand."
 
 
@@ -153,7 +157,11 @@ class SaveTable(io.ComfyNode):
 
 
 class LoadTable(io.ComfyNode):
-    """A solver schedule from ComfyUI's models/quickstep folder, as text for the USF node."""
+    """A solver schedule from ComfyUI's models/quickstep folder, as text for the USF node.
+
+    Connect the model to have it checked: a file for another kind of model is refused, one that was found for other weights of the
+    same kind is used, and ``about`` says so. ``about`` also names the guidance scale and the number of steps it was found for.
+    """
 
     @classmethod
     def define_schema(cls):
@@ -165,22 +173,28 @@ class LoadTable(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file", options=artifacts.files(KIND), tooltip="A file that Save Solver Table wrote, or a shared one."
-                )
+                ),
+                io.Model.Input("model", optional=True, tooltip="The model it is used with, to check that it fits."),
             ],
-            outputs=[io.String.Output(display_name="table")],
+            outputs=[io.String.Output(display_name="table"), io.String.Output(display_name="about")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, file) -> io.NodeOutput:
+    def execute(cls, file, model=None) -> io.NodeOutput:
         found = artifacts.read(file, KIND, "Load Solver Table")
         if found is None:
             raise ValueError(
                 f"Load Solver Table: choose a file; they lie in ComfyUI's models/{artifacts.FOLDER} folder."
             )
-        return io.NodeOutput(Table.of(found.table).text())
+        made = Table.of(found.table)
+        searched = made.sigmas if found.found_for.model else ()  # those that are written by hand may begin anywhere
+        said = [] if model is None else fits(found, model, file, "Load Solver Table", searched)
+        for sentence in said:
+            log.warning("Load Solver Table: %s %s", file, sentence)
+        return io.NodeOutput(made.text(), "\n".join([described(found), *said]))
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file, model=None):
         return artifacts.modified(file)
 
 

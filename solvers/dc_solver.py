@@ -74,8 +74,8 @@ class DCSolver(SameCost):
     order. A cascade gives the ratios for a range of guidance scales and step counts; the guidance scale is the sampler's, or
     the one it was found for where that is not known. No further network calls.
 
-    Raises ValueError for a sampler it does not work on, for ratios outside [0, 2], and when a run has another number of
-    steps than there are ratios.
+    Raises ValueError for a sampler it does not work on, for ratios outside [0, 2], for a file whose ratios were found with
+    another ``dc_order``, and when a run has another number of steps than there are ratios.
 
     Source: Zhao et al. (2024), arXiv:2409.03755; the persistence of D_i', its time and the cascade as in the authors' code
     (wl-zhao/DC-Solver).
@@ -112,6 +112,11 @@ class DCSolver(SameCost):
                 raise ValueError("DC-Solver: give ratios as a text or in a file, not both.")
             if self.calibration.kind != KIND:
                 raise ValueError(f"DC-Solver: the file holds {self.calibration.kind}, but {KIND} is needed here.")
+            found_with = self.calibration.table.get("dc_order", self.dc_order)
+            if found_with != self.dc_order:
+                raise ValueError(
+                    f"DC-Solver: dc_order = {self.dc_order}, but the ratios of this file were found with {found_with}."
+                )
         self._listed()  # refuses bad ones
 
     def _listed(self) -> list[float]:

@@ -198,6 +198,10 @@ def test_ratios_from_a_file(tmp_path):
         (lambda: DCSolver(UniPC(2), Artifact(KIND, {"cascade": [[1.0], []]})), "4 x 3 x 3 numbers"),
         (lambda: DCSolver(UniPC(2), Artifact(KIND, {"ratios": RATIOS}), "1 1 1"), "as a text or in a file, not both"),
         (lambda: DCSolver(UniPC(2, algorithm="noise")), "data prediction, UniPC is none"),
+        (
+            lambda: DCSolver(UniPC(2), Artifact(KIND, {"ratios": RATIOS, "dc_order": 1})),
+            "dc_order = 2, but the ratios of this file were found with 1",
+        ),
         (lambda: DCSolver(DCSolver(UniPC(2))), "multistep samplers in data prediction, DC-Solver is none"),
         (lambda: DCSolver(DDIM()), "DDIM remembers 1 predictions with these settings, 2 are needed"),
         (lambda: DCSolver(UniPC(2), dc_order=3), "UniPC remembers 2 predictions with these settings, 3 are needed"),

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from quickstep_under_test.solvers.calibration import ends, engine
+from quickstep_under_test.solvers.calibration import ends, engine, shared
 from quickstep_under_test.solvers.calibration import study as studies
 from quickstep_under_test.solvers.calibration.cohort import Cohort
 from quickstep_under_test.solvers.calibration.predictor import Predictor, proposals
@@ -81,6 +82,14 @@ def study(
 
 def end(plan, process) -> torch.Tensor:
     return batch(process, 3, 0)(lambda problem, x: sample(problem, plan.solver, x, plan.times))
+
+
+def drained(running):
+    while True:
+        try:
+            next(running)
+        except StopIteration as end:
+            return end.value
 
 
 def drawn(space: Space, rng: random.Random) -> dict:
@@ -362,7 +371,7 @@ def test_two_who_begin_at_once_have_one_ranking_and_one_queue(tmp_path, monkeypa
     def otherwise(cohort, *rest):
         steps, error, off = yield from converge(cohort, *rest)
         asked.append(cohort)
-        return (steps, error, off) if cohort is first.fit else (2 * steps, error, off[::-1])
+        return (steps, error, off) if cohort is first.fit else (2 * steps, error, {k: -loss for k, loss in off.items()})
 
     monkeypatch.setattr(studies, "converge", otherwise)
 
@@ -410,12 +419,14 @@ def test_only_the_same_search_is_joined(tmp_path):
 
 def taught(folder: str, data=DATA, stop: int | None = None):
     """Calls it took, and the ends."""
-    kept = ends.Ends(cohort(VE, 1, data=data), cohort(VE, 2, data=data), folder)
-    for n, _ in enumerate(kept.teach(VE, 40), 1):
+    some = [cohort(VE, seed, data=data) for seed in (1, 2)]
+    kept = ends.Ends(*some, shared.Shared(folder))
+    running = kept.teach(VE, 40)
+    for n, _ in enumerate(running, 1):
         if n == stop:
             break
-    calls = sum(c.calls for c in kept.cohorts.values())
-    return calls, [t for c in kept.cohorts.values() for t in c.targets], kept
+    running.close()
+    return sum(c.calls for c in some), [t for c in some for t in c.targets], kept
 
 
 def test_the_teachers_ends_are_taken_from_files_if_they_are_of_this_network(tmp_path):
@@ -426,10 +437,11 @@ def test_the_teachers_ends_are_taken_from_files_if_they_are_of_this_network(tmp_
     assert kept.agree(kept.signs()) and len(list(tmp_path.iterdir())) == 6
     other, made, theirs = taught(here, mixture(seed=2))
     assert other == 6 * batch and not torch.allclose(made[0], first[0]) and not theirs.agree(kept.signs())
+    assert all(torch.equal(a, b) for a, b in zip(first, taught(here)[1], strict=True))  # the others wrote none
     assert taught("")[0] == 6 * batch
 
 
-@pytest.mark.parametrize("left", [("fit-2", "select-0"), ("select-0", "select-1")], ids=str)
+@pytest.mark.parametrize("left", [("teacher-40-2", "select-40-0"), ("select-40-0", "select-40-1")], ids=str)
 def test_whichever_files_there_are_one_is_compared(tmp_path, left):
     """Some of another network's: none of them counts."""
     taught(str(tmp_path))
@@ -441,8 +453,68 @@ def test_whichever_files_there_are_one_is_compared(tmp_path, left):
 
 def test_killed_while_the_teacher_runs_it_loses_a_batch(tmp_path):
     taught(str(tmp_path), stop=4)  # three are in files, the fourth is not yet
+    assert len(list(tmp_path.iterdir())) == 3
     calls = taught(str(tmp_path))[0]
     assert calls == 4 * 4 * 40  # one of them is run again to see
+
+
+def test_two_who_begin_at_once_do_half_of_the_jobs_each(tmp_path):
+    """In turns, a visit each: but for one to compare and what the other is about to end, nobody does what the other has done."""
+    done = {"a": [], "b": []}
+
+    def job(who: str, name: str):
+        done[who].append(name)
+        yield
+        return torch.tensor([float(name)])
+
+    workers = {
+        who: shared.Shared(str(tmp_path)).do({str(i): partial(job, who, str(i)) for i in range(12)}) for who in done
+    }
+    results = {}
+    while len(results) < 2:
+        for who, running in workers.items():
+            try:
+                next(running)
+            except StopIteration as end:
+                results.setdefault(who, end.value)
+    assert results["a"] == results["b"] and sorted(results["a"]) == sorted(map(str, range(12)))
+    assert len(done["a"]) + len(done["b"]) <= 12 + 2 + 1 and min(map(len, done.values())) >= 6
+    assert len(list(tmp_path.iterdir())) == 12
+
+
+def test_what_a_dead_one_has_taken_up_is_done_in_the_end(tmp_path):
+    (tmp_path / "0.taken").touch()
+    order = []
+
+    def job(name: str):
+        order.append(name)
+        yield
+        return torch.zeros(1)
+
+    found = drained(shared.Shared(str(tmp_path)).do({name: partial(job, name) for name in "012"}))
+    assert order == ["1", "2", "0"] and len(found) == 3 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_workers_rank_the_starts_together(tmp_path):
+    """The second one finds what the first one has left when it was stopped, and comes to the same ranking."""
+    alone, parts = study(), [study(folder=str(tmp_path)) for _ in range(2)]
+    alone.join()
+    ranked = alone._rank()
+    seen = []
+
+    def tick():
+        seen.append(parts[0].calls)
+        if len(seen) == 5:
+            raise Stop
+
+    parts[0].tick = tick
+    for made in parts:
+        made.join()
+    with pytest.raises(Stop):
+        parts[0]._rank()
+    again = parts[1]._rank()
+    assert again == {**ranked, "error": pytest.approx(ranked["error"])}
+    assert parts[1].calls < alone.calls - 400  # the runs of 40 and 80 steps are there
 
 
 CHILD = """

@@ -51,9 +51,14 @@ class Cohort:
     def ends(self, plan: Plan) -> Running:
         """Where a run ends, batch by batch, on the CPU."""
         found = []
-        for batch in self.batches:
-            found.append(self.visit(batch, lambda problem, x: sample(problem, *_of(plan, x)).cpu()))
-            yield
+        for i in range(len(self.batches)):
+            found.append((yield from self.end(i, plan)))
+        return found
+
+    def end(self, i: int, plan: Plan) -> Running:
+        """Of one batch."""
+        found = self.visit(self.batches[i], lambda problem, x: sample(problem, *_of(plan, x)).cpu())
+        yield
         return found
 
     def residuals(self, plan: Plan) -> Running:

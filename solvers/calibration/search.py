@@ -102,7 +102,7 @@ class Search(ABC):
                 "another precision, bf16 or fp32."
             )
         self.stage = "starts"
-        ranked = yield from self._rank([name for _, name in sorted(zip(off, names, strict=False))[:FINALISTS]])
+        ranked = yield from self._rank([n for _, n in sorted((loss, names[k]) for k, loss in off.items())[:FINALISTS]])
         self.stage = "search"
         yield from self._climb(ranked)
         yield from self.close()

@@ -18,6 +18,7 @@ from .engine import FRONT, Proposer, distributions, needed, storage, suggested
 from .families import Plan, Schedules
 from .levenberg import refine
 from .losses import LOSSES
+from .shared import Shared
 from .space import Space, plan_of
 from .teacher import converge, teach
 
@@ -42,11 +43,12 @@ class Point(NamedTuple):
 class Study:
     """Searches ``space``, or joins those who do; ``run`` ends when the study has so many ``trials``, or no time is left.
 
-    Everybody who joins has the same samples, so that losses can be compared, and needs the teacher's ends, which are kept
-    in ``folder``. The first one measures the ``starts`` on a few samples, and puts them in the queue, best first. Each
-    trial runs one schedule on the samples ``fit``, sample by sample, and is pruned when these say that it is worse than the
-    best one (Wilcoxon's test, pairs of the same sample). The error of every sample is kept with the trial. What is best on
-    ``fit`` at its time is run on ``select`` too, and the best there is the result: see ``best``, ``front``.
+    Everybody who joins has the same samples, so that losses can be compared, and needs the teacher's ends. First the ``starts`` are
+    measured on a few samples, and put in the queue, best first. Those who begin together and have the same ``folder`` divide
+    both among themselves, and what is in it need not be done again. Each trial runs one schedule on the samples ``fit``, sample
+    by sample, and is pruned when these say that it is worse than the best one (Wilcoxon's test, pairs of the same sample). The
+    error of every sample is kept with the trial. What is best on ``fit`` at its time is run on ``select`` too, and the best there
+    is the result: see ``best``, ``front``.
 
     about: what all who join must agree in, such as the model's fingerprint. lead: measures and refines the result; others only
     run trials. tick: called after each visit of the network; may raise. What is no Exception, there or in the network, is the
@@ -77,6 +79,9 @@ class Study:
     after: torch.Tensor | None = None
     ran: int = 0
     lost: bool = False
+
+    def __post_init__(self):
+        self.shared = Shared(self.folder)
 
     @property
     def loss(self):
@@ -152,7 +157,7 @@ class Study:
         if self.sampler == "cma-es":  # which searches numbers only
             self.space = replace(self.space, decisions=("times",), centre=base)
         self.space = self.space.about(base)
-        ends = Ends(self.fit, self.select, self.folder)
+        ends = Ends(self.fit, self.select, self.shared)
         self._drain(ends.teach(self.space.process, found["steps"]))
         signs = self.study.user_attrs[TEACHER].get("signs")  # again: others may have been faster
         if signs is None:
@@ -316,9 +321,10 @@ class Study:
     def _rank(self) -> dict[str, Any]:
         """How many steps the teacher needs, and the starts, best first."""
         labels, plans = list(self.starts), [self.space.plan(values) for values in self.starts.values()]
-        steps, error, off = self._drain(converge(self.fit, self.space.process, plans, self.left, self.loss))
-        ranking = [label for _, label in sorted(zip(off, labels, strict=False))]
-        ranking += labels[len(off) :]  # for which there was no time
+        made = converge(self.fit, self.space.process, plans, self.left, self.loss, self.shared.do)
+        steps, error, off = self._drain(made)
+        ranking = [label for _, label in sorted((loss, labels[k]) for k, loss in off.items())]
+        ranking += [label for label in labels if label not in ranking]  # for which there was no time
         return {"steps": steps, "error": error, "ranking": ranking}
 
     def _queue(self, ranking: list[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import or_
 
 import torch
 
@@ -12,9 +14,10 @@ from ..exponential import DPMSolverPP
 from ..process import ForwardProcess
 from ..schedules import ExponentialSchedule
 from ..solver import Problem
-from .cohort import Cohort, Running, track
+from .cohort import Cohort, Running, sketch, track
 from .families import Plan
 from .losses import LOSSES, Loss
+from .shared import Do, Job, in_turn
 from .states import States
 
 STEPS, MOST, SHARE, ROOM = 40, 640, 0.1, 0.8
@@ -26,38 +29,49 @@ def lesson(process: ForwardProcess, steps: int) -> Plan:
     return Plan(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"), times.tolist())
 
 
+def named(kind: str, which: int, batch: int) -> str:
+    """A result of one batch: of the teacher with so many steps, or of the student of that number."""
+    return f"{kind}-{which}-{batch}"
+
+
 def converge(
     cohort: Cohort,
     process: ForwardProcess,
     students: Sequence[Plan],
     left: Callable[[], float] = lambda: 1.0,
     loss: Loss = LOSSES["rms"],
+    do: Do = in_turn,
 ) -> Running:
-    """How many steps the teacher needs, its mean error then, and the losses of the first students, all on a few samples.
+    """How many steps the teacher needs, its mean error then, and the losses of students by number, all on a few samples.
 
     It has enough steps when twice as many change its end by no more than SHARE of what the best student is off, which is the
     error that is going to be made smaller. No more than MOST, nor when less than ROOM of the budget is left; then no more
-    students are run either, but the first one is.
+    students are run either, but the first one is. do: who does the runs, which are named after ``named``.
     """
-    few, steps = Cohort(cohort.batches[: max(len(cohort.batches) // 4, 1)]), STEPS
-    coarse = torch.cat((yield from few.ends(lesson(process, steps))))
-    made = []
-    for student in students:
-        made.append(torch.cat((yield from few.ends(student))))
-        if left() < ROOM:
-            break
+    few, steps = range(max(len(cohort.batches) // 4, 1)), STEPS
+
+    def runs(steps: int) -> dict[str, Job]:
+        return {named("teacher", steps, i): partial(cohort.end, i, lesson(process, steps)) for i in few}
+
+    def student(plan: Plan, i: int) -> Running:
+        return sketch((yield from cohort.end(i, plan)))
+
+    def wanted(name: str) -> bool:
+        return name not in more or left() >= ROOM
+
+    tried = [{named("start", k, i): partial(student, plan, i) for i in few} for k, plan in enumerate(students)]
+    more = {name for jobs in tried[1:] for name in jobs}
+    found = yield from do(reduce(or_, tried, runs(steps) | runs(2 * steps)), wanted)
+    whole = {
+        k: torch.cat([found[name] for name in jobs]) for k, jobs in enumerate(tried) if jobs.keys() <= found.keys()
+    }
     while True:
-        fine = torch.cat((yield from few.ends(lesson(process, 2 * steps))))
-        change, *off = (_apart(x, fine) for x in (coarse, *made))
-        if _mean(change) <= SHARE * min(map(_mean, off)) or 4 * steps > MOST or left() < ROOM:
-            cohort.calls += few.calls
-            return steps, _mean(change), [loss(rms) for rms in off]
-        steps, coarse = 2 * steps, fine
-
-
-def _apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """RMS difference of each sample."""
-    return (x - y).flatten(1).square().mean(1).sqrt()
+        coarse, fine = (sketch(torch.cat([found[name] for name in runs(n)])) for n in (steps, 2 * steps))
+        change, off = (coarse - fine).norm(dim=1), {k: (made - fine).norm(dim=1) for k, made in whole.items()}
+        if _mean(change) <= SHARE * min(map(_mean, off.values())) or 4 * steps > MOST or left() < ROOM:
+            return steps, _mean(change), {k: loss(rms) for k, rms in off.items()}
+        steps *= 2
+        found |= yield from do(runs(2 * steps), wanted)
 
 
 def _mean(rms: torch.Tensor) -> float:

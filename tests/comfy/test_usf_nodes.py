@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.sample
 import folder_paths
 import pytest
 import torch
-from quickstep_under_test.nodes.bridge import sampler
+from quickstep_under_test.nodes.bridge import process_of, sampler
 from quickstep_under_test.nodes.usf import DrawTable, LoadTable, SaveTable, SolverToTable, TableSigmas
+from quickstep_under_test.solvers.artifact import FoundFor, load, save
 from quickstep_under_test.solvers.exponential import DPMSolverPP, SDEDPMSolverPP
 from quickstep_under_test.solvers.pndm import PNDM
 from quickstep_under_test.solvers.unipc import UniPC
 from quickstep_under_test.solvers.usf import USF
+from quickstep_under_test.solvers.usf_table import KIND
 
 from . import models
 
@@ -40,6 +44,26 @@ def test_there_and_back_is_the_same_sampler(folder, kind, solver):
     assert torch.allclose(run(model, USF(back), sigmas), run(model, solver, sigmas), atol=1e-4)
     image, words = DrawTable.execute(back).args
     assert image.ndim == 4 and len(words.splitlines()) == len(sigmas) - 1 and "order 2" in words
+
+
+def test_a_table_says_whether_it_fits_the_model(folder):
+    model, other = models.gaussian("eps"), models.gaussian("flow")
+    sigmas = torch.tensor(SIGMAS["eps"])
+    file = SaveTable.execute(SolverToTable.execute(model, sampler(DPMSolverPP()), sigmas).args[0], "mine", model).args[
+        0
+    ]
+    table, about = LoadTable.execute(file, model).args
+    assert table == LoadTable.execute(file).args[0] and "solver schedule" in about and "other weights" not in about
+    with pytest.raises(ValueError, match=r"Load Solver Table: mine\.json is for another model"):
+        LoadTable.execute(file, other)
+    searched = replace(
+        load(folder / file, KIND), found_for=FoundFor(process="ve", model="some other", cfg=3.0, steps=6)
+    )
+    save(folder / "searched.json", replace(searched, table={**searched.table, "sigma": process_of(model).t_max}))
+    assert "found for other weights" in LoadTable.execute("searched.json", model).args[1]
+    save(folder / "short.json", searched)  # from sigma 14, where this model begins at 14.6
+    with pytest.raises(ValueError, match="begins at sigma 14"):
+        LoadTable.execute("short.json", model)
 
 
 @pytest.mark.parametrize(
