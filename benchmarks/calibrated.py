@@ -18,13 +18,14 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from _pack import import_comfy, import_pack, prompts
 
 import_comfy()
 import_pack()
+import comfy.samplers  # noqa: E402
 import folder_paths  # noqa: E402
 import torch  # noqa: E402
 from _calibrated_report import written  # noqa: E402
@@ -39,6 +40,7 @@ from quickstep.solvers.artifact import load  # noqa: E402
 from quickstep.solvers.calibration import fitted as fitting  # noqa: E402
 from quickstep.solvers.calibration.library import again  # noqa: E402
 from quickstep.solvers.exponential import DPMSolverPP  # noqa: E402
+from quickstep.solvers.momentum import GHVB  # noqa: E402
 
 RESULTS = OUTPUT / "calibrated.jsonl"
 FILES = OUTPUT / "calibrated"
@@ -158,6 +160,24 @@ def usual(cell: Cell, keep: int) -> Iterator[tuple[str, str, object, torch.Tenso
     for label, sigmas in tables(cell):
         for name in ("dpmpp_2m", "euler", "uni_pc_bh2"):
             yield "core's table", f"{label}, {name}", samplers()[name].make(), sigmas
+    if cell.network == "dit":
+        first = dict.fromkeys(r["candidate"] for r in ranked if r["side"] == CORE)
+        for schedule, make in shifted(cell).items():
+            for name in dict.fromkeys([*list(first)[:keep], "euler", "dpmpp_2m"]):
+                sigmas = within(samplers()[name], schedule, make, cell.steps)
+                if sigmas is not None:
+                    yield CORE, f"{name}, {schedule}, shift 3", samplers()[name].make(), sigmas
+            for solver in (DPMSolverPP(), GHVB()):
+                yield QUICKSTEP, f"{solver.title}, {schedule}, shift 3", sampler(solver), make(cell.steps)
+
+
+def shifted(cell: Cell) -> dict[str, Callable[[int], torch.Tensor]]:
+    """Core's schedules after its node ModelSamplingSD3, at its default shift: the screening is without."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    (model,) = ModelSamplingSD3().patch(cell.problem.model, shift=3.0)
+    sampling = model.get_model_object("model_sampling")
+    return {name: partial(comfy.samplers.calculate_sigmas, sampling, name) for name in ("simple", "beta")}
 
 
 def tables(cell: Cell) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,9 +17,9 @@ from ..solvers.calibration.losses import LOSSES
 from ..solvers.calibration.search import ScheduleSearch, SolverSearch
 from ..solvers.deis import DEIS
 from ..solvers.er_sde import ERSDE
-from ..solvers.exponential import DPMSolverPP
+from ..solvers.exponential import DDIM, DPMSolverPP
 from ..solvers.method import Method
-from ..solvers.momentum import HB
+from ..solvers.momentum import GHVB, HB
 from ..solvers.process import ForwardProcess
 from ..solvers.sa import SASolver
 from ..solvers.schedules import (
@@ -48,16 +48,19 @@ STARTS = {
     "Karras, rho 3": KarrasSchedule(rho=3.0),
     "Beta": BetaSchedule(),
     "Uniform": UniformSchedule(),
+    "Uniform, shift 3": UniformSchedule(shift=3.0),
     "Cosine": CosineSchedule(),
 }
 """Schedules that searches compare, and begin from the best of."""
 SOLVERS = {
+    "DDIM": DDIM(),
     "DPM-Solver++ 2M": DPMSolverPP(),
     "DEIS 2": DEIS(points=2, variable="rho"),
     "UniPC": UniPC(),
     "ER-SDE, ODE": ERSDE(phi="ode"),
     "SA-Solver, ODE": SASolver(eta=0.0),
     "Momentum, 2M": HB(DPMSolverPP()),
+    "GHVB": GHVB(),
 }
 """Samplers that Fit Solver compares on each of these; they are written as fitted solvers, which they all can be."""
 
@@ -211,8 +214,8 @@ class FitSolver(io.ComfyNode):
     A usual multistep sampler extrapolates in the same way for all models. Here each step's weights are fitted: first by least
     squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas, the
     sizes of what a step is made of (``rescale``), and the noise levels that the network is told (``decouple``, as in LD3). Needs
-    no gradients. The start is the best of six usual samplers (DPM-Solver++ 2M and with momentum, DEIS, UniPC, ER-SDE and SA-Solver
-    without noise) on the usual schedules.
+    no gradients. The start is the best of eight usual samplers (DDIM, DPM-Solver++ 2M and with momentum, GHVB, DEIS, UniPC, ER-SDE
+    and SA-Solver without noise) on seven usual schedules.
 
     The result is for this number of steps; other prompts and seeds are served as well, other guidance scales and sizes less
     (see *Fitted solver*). Use both outputs, ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the
