@@ -47,6 +47,7 @@ STARTS = {
     "Exponential": ExponentialSchedule(),
     "Karras, rho 3": KarrasSchedule(rho=3.0),
     "Beta": BetaSchedule(),
+    "Beta, shift 3": BetaSchedule(shift=3.0),
     "Uniform": UniformSchedule(),
     "Uniform, shift 3": UniformSchedule(shift=3.0),
     "Cosine": CosineSchedule(),
@@ -215,7 +216,7 @@ class FitSolver(io.ComfyNode):
     squares along the teacher's trajectory, then by Levenberg-Marquardt on the finished samples, together with the sigmas, the
     sizes of what a step is made of (``rescale``), and the noise levels that the network is told (``decouple``, as in LD3). Needs
     no gradients. The start is the best of eight usual samplers (DDIM, DPM-Solver++ 2M and with momentum, GHVB, DEIS, UniPC, ER-SDE
-    and SA-Solver without noise) on seven usual schedules.
+    and SA-Solver without noise) on eight usual schedules.
 
     The result is for this number of steps; other prompts and seeds are served as well, other guidance scales and sizes less
     (see *Fitted solver*). Use both outputs, ``sampler`` and ``sigmas``, or the nodes *Fitted solver* and *Found Schedule* with the
