@@ -9,12 +9,14 @@ from _hardware import hardware
 INTRO = """RMS distance to the converged result on captions and noise that no calibration has seen: mean, geometric mean over
 samples, and in brackets the share of pictures with the right colour and shape. One sample that ends in another picture than the
 reference has an error of about 0.8, so with 48 samples it adds 0.017 to a mean: the geometric mean says how near all others come.
-*core*, *Quickstep*: the best of the usual pairs on this very report; *core's tables*: ComfyUI's AlignYourSteps, GITS and
-OptimalSteps nodes with dpmpp_2m, euler or uni_pc_bh2. Shown is the best by the mean. The last two columns divide by the best of
-core, its tables included, by the mean and by the geometric mean each for itself, so they favour core. *HB* is the node Momentum,
-*DPMSolverV3* DPM-Solver-v3 without statistics; *weights and sigmas alone*: Fit Solver without ``rescale`` and ``decouple``. Every
-calibration ran as its node does, ``loss`` = log, on 32 captions with 32 seeds for the fit, 32 to select, 16 to report; those of
-*weights and sigmas alone* and *Curvature* are older, on 8 captions."""
+*core*, *Quickstep*: the best of the usual pairs on this very report, for the DiT also after core's node ModelSamplingSD3 at its
+default shift of 3, which this DiT does not have by itself; *core's tables*: ComfyUI's AlignYourSteps, GITS and OptimalSteps nodes
+with dpmpp_2m, euler or uni_pc_bh2. Shown is the best by the mean. The last two columns divide by the best of core, its tables
+included, by the mean and by the geometric mean each for itself, so they favour core. *HB* is the node Momentum, *DPMSolverV3*
+DPM-Solver-v3 without statistics; *weights and sigmas alone*: Fit Solver without ``rescale`` and ``decouple``. Every calibration
+ran as its node does, ``loss`` = log, on 32 captions with 32 seeds for the fit, 32 to select, 16 to report; those of *weights and
+sigmas alone* and *Curvature* are older, on 8 captions, and began from fewer schedules, which also holds for Fit Solver on the UNet
+at 6, 8 and 10 calls."""
 
 KEYS = ("mean", "geometric")
 CORES = ("core", "core's table")

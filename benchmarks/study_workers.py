@@ -111,10 +111,10 @@ class Bench:
         return sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in self.trials(study))
 
     def warm(self) -> None:
-        """A worker, until its first trial has ended."""
+        """A worker, until ComfyUI has started and it has made a study."""
         worker = self.worker("warm", 0)
         try:
-            while not self.finished("warm"):
+            while "warm" not in self.studies and not self.trials("warm"):
                 if worker.poll() is not None:
                     raise SystemExit(self.failed("warm", 0))
                 time.sleep(1.0)

@@ -57,13 +57,14 @@ class FittedSolver(Solver):
     than sigma_s, as *Decoupled times* does.
 
     Few numbers, so other prompts and seeds of the same model are served as well as those of the fit. One network call per step.
-    Found at CFG 4 and 8 steps for the demo networks (geometric mean error of 16 samples, in brackets the best of core's three
-    best pairs there): at CFG 1 UNet .012 (.014), DiT .051 (.044); at CFG 7.5 .058 (.070), .166 (.226); at 40 x 40 pixels instead
-    of 32 x 32 .020 (.024), .063 (.097). So other guidance scales and sizes keep a part of the gain, or lose it: compare.
+    Found at CFG 4 and 8 steps for the demo networks (geometric mean error of 16 samples, in brackets the best of core's pairs
+    there, for the DiT with a shift of 3): at CFG 1 UNet .012 (.014), DiT .044 (.037); at CFG 7.5 .057 (.070), .148 (.113); at 40 x
+    40 pixels instead of 32 x 32 .020 (.024), .045 (.059). So another size keeps a part of the gain, and another guidance scale may
+    lose all of it: compare.
 
     On other sigmas than its own it refuses to run, or, with ``elsewhere`` = adapt, changes DPM-Solver++ 2M there by what the
     fit changed on its own sigmas at the same step: second order, and a guess for small deviations only. For other numbers of
-    steps that guess is bad on the UNet: at 6 steps .076 (.053), .097 (.105), at 10 .070 (.013), .038 (.052). Fit again for those.
+    steps that guess is bad: at 6 steps .076 (.053), .096 (.060), at 10 .070 (.013), .046 (.036). Fit again for those.
 
     Source: least squares on a teacher's trajectory, then on its end, are this pack's own; the family of methods is that of
     Shaul et al. (2024), arXiv:2403.01329, with the constraint above.
