@@ -159,8 +159,9 @@ class SaveTable(io.ComfyNode):
 class LoadTable(io.ComfyNode):
     """A solver schedule from ComfyUI's models/quickstep folder, as text for the USF node.
 
-    Connect the model to have it checked: a file for another kind of model is refused, one that was found for other weights of the
-    same kind is used, and ``about`` says so. ``about`` also names the guidance scale and the number of steps it was found for.
+    Connect the model to have it checked: a file for the other kind (flow, or not), or with a search's sigmas that begin elsewhere,
+    is refused; one that was found for other weights is used, and ``about`` says so. ``about`` also says for which guidance scale
+    and number of steps a search has found it.
     """
 
     @classmethod

@@ -290,7 +290,7 @@ def test_the_teacher_doubles_until_it_is_right_enough():
         converge(cohort, VE, [Plan(DDIM(), times), lesson(VE, 40)])
     )  # for so good a student a better teacher
     assert 80 < steps <= 640 and change < 1e-4
-    steps, _, off = drained(converge(cohort, VE, [lesson(VE, 40)] * 3, lambda: 0.1))
+    steps, _, off = drained(converge(cohort, VE, [lesson(VE, n) for n in (40, 41, 42)], lambda: 0.1))
     assert steps == 40 and len(off) == 1  # no time for it, nor for more students
 
 

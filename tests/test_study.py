@@ -495,6 +495,31 @@ def test_what_a_dead_one_has_taken_up_is_done_in_the_end(tmp_path):
     assert order == ["1", "2", "0"] and len(found) == 3 and len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_damaged_file_is_made_again(tmp_path):
+    taught(str(tmp_path))
+    (tmp_path / "teacher-40-1.safetensors").write_bytes(b"half")
+    assert taught(str(tmp_path))[0] == (1 + 1) * 4 * 40  # one of the others is compared
+    assert taught(str(tmp_path))[0] == 4 * 40
+
+
+def test_results_that_are_no_numbers_are_the_same_where_they_are():
+    x = torch.tensor([1.0, float("nan"), 2.0])
+    assert shared.near(x, x.clone()) and not shared.near(x, torch.tensor([1.0, 2.0, 3.0]))
+    assert not shared.near(x, x[:2])
+
+
+def test_a_study_of_other_starts_does_not_take_these_for_its_own(tmp_path):
+    """In the same folder, as where a study was deleted and begun again: the teacher's runs are shared, the starts' are not."""
+    first, second = study(folder=str(tmp_path)), study(folder=str(tmp_path), steps=4)
+    alone = study(steps=4)
+    for made in (first, second, alone):
+        made.join()
+    first._rank()
+    again, ranked = second._rank(), alone._rank()
+    assert again["ranking"] == ranked["ranking"] and again["steps"] == ranked["steps"]
+    assert second.calls < alone.calls and not set(second.shared.own) & {n for n in first.shared.own if "start" in n}
+
+
 def test_workers_rank_the_starts_together(tmp_path):
     """The second one finds what the first one has left when it was stopped, and comes to the same ranking."""
     alone, parts = study(), [study(folder=str(tmp_path)) for _ in range(2)]

@@ -55,21 +55,24 @@ class Shared:
     def do(self, jobs: Mapping[str, Job], wanted: Callable[[str], bool] = always) -> Running:
         """See ``Do``."""
         found, left = {}, list(jobs)
-        while left:
+        while left := [name for name in left if wanted(name)]:
             name = self._next(left)
             left.remove(name)
-            if wanted(name):
-                found[name] = yield from self._result(name, jobs[name])
+            found[name] = yield from self._result(name, jobs[name])
         return found
 
     def _next(self, left: list[str]) -> str:
-        """One to be compared, then what nobody has taken up; of the rest what has a file first, since it costs nothing."""
+        """One to be compared, then what has a file, since it costs nothing, then what nobody has taken up."""
         if self.known is False:
             return left[0]
-        kept = [name for name in left if self._file(name).exists()]
+        try:
+            there = set(os.listdir(self.folder))
+        except FileNotFoundError:
+            return left[0]
+        kept = [name for name in left if self._file(name).name in there]
         if self.known is None and kept:
-            return kept[-1]  # the last ones take the least time
-        return (kept or [name for name in left if not self._claim(name).exists()] or left)[0]
+            return kept[-1]  # whoever makes the list puts what takes long first
+        return (kept or [name for name in left if self._claim(name).name not in there] or left)[0]
 
     def _result(self, name: str, job: Job) -> Running:
         kept = self._kept(name)
@@ -103,11 +106,16 @@ class Shared:
             self._claim(name).unlink(missing_ok=True)
 
     def _kept(self, name: str) -> torch.Tensor | None:
+        """None too where the file is damaged, or gone meanwhile."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if self.known is False or not self._file(name).exists():
+        if self.known is False:
             return None
-        return load_file(self._file(name))["ends"]
+        try:
+            return load_file(self._file(name))["ends"].clone()  # the file is not held open
+        except (OSError, SafetensorError, KeyError):
+            return None
 
     def _keep(self, name: str, made: torch.Tensor) -> None:
         """Whole or not at all."""
@@ -116,12 +124,18 @@ class Shared:
         if self.known is False:
             return
         draft = self._file(name).with_name(f".{name}.{uuid.uuid4().hex}.tmp")
+        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file({"ends": made.contiguous()}, draft)
-            os.replace(draft, self._file(name))
+            with contextlib.suppress(PermissionError):  # Windows, where somebody reads the same result just now
+                os.replace(draft, self._file(name))
         finally:
             draft.unlink(missing_ok=True)
 
 
 def near(a: torch.Tensor, b: torch.Tensor, share: float = NEAR) -> bool:
-    return a.shape == b.shape and float((a.double() - b.double()).norm()) <= share * float(b.double().norm())
+    """Where both are no numbers they agree."""
+    if a.shape != b.shape:
+        return False
+    a, b = (torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) for x in (a, b))
+    return float((a - b).norm()) <= share * float(b.norm())

@@ -18,7 +18,7 @@ from .engine import FRONT, Proposer, distributions, needed, storage, suggested
 from .families import Plan, Schedules
 from .levenberg import refine
 from .losses import LOSSES
-from .shared import Shared
+from .shared import Job, Shared
 from .space import Space, plan_of
 from .teacher import converge, teach
 
@@ -311,17 +311,25 @@ class Study:
         return errors.nan_to_num(LIMIT, LIMIT).clamp(max=LIMIT)
 
     def _drain(self, running: Running) -> Any:
-        while True:
-            try:
-                next(running)
-            except StopIteration as end:
-                return end.value
-            self.tick()
+        try:
+            while True:
+                try:
+                    next(running)
+                except StopIteration as end:
+                    return end.value
+                self.tick()
+        finally:
+            running.close()  # at once: what it has taken up is then free for others
 
     def _rank(self) -> dict[str, Any]:
         """How many steps the teacher needs, and the starts, best first."""
         labels, plans = list(self.starts), [self.space.plan(values) for values in self.starts.values()]
-        made = converge(self.fit, self.space.process, plans, self.left, self.loss, self.shared.do)
+
+        def teacher_first(jobs: Mapping[str, Job], wanted: Callable[[str], bool]) -> Running:
+            """It takes long, and who has nothing else to do in the end would wait for it."""
+            return self.shared.do(dict(sorted(jobs.items(), key=lambda job: job[0].startswith("start"))), wanted)
+
+        made = converge(self.fit, self.space.process, plans, self.left, self.loss, teacher_first)
         steps, error, off = self._drain(made)
         ranking = [label for _, label in sorted((loss, labels[k]) for k, loss in off.items())]
         ranking += [label for label in labels if label not in ranking]  # for which there was no time

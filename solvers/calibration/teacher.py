@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -29,8 +30,8 @@ def lesson(process: ForwardProcess, steps: int) -> Plan:
     return Plan(DPMSolverPP(order=3, third_order="exact", lower_order_final="never"), times.tolist())
 
 
-def named(kind: str, which: int, batch: int) -> str:
-    """A result of one batch: of the teacher with so many steps, or of the student of that number."""
+def named(kind: str, which: object, batch: int) -> str:
+    """A result of one batch: of the teacher with so many steps, or of a student, by what it does."""
     return f"{kind}-{which}-{batch}"
 
 
@@ -59,9 +60,13 @@ def converge(
     def wanted(name: str) -> bool:
         return name not in more or left() >= ROOM
 
-    tried = [{named("start", k, i): partial(student, plan, i) for i in few} for k, plan in enumerate(students)]
-    more = {name for jobs in tried[1:] for name in jobs}
-    found = yield from do(reduce(or_, tried, runs(steps) | runs(2 * steps)), wanted)
+    signs = [hashlib.sha256(repr(plan).encode()).hexdigest()[:12] for plan in students]
+    tried = [
+        {named("start", sign, i): partial(student, plan, i) for i in few}
+        for sign, plan in zip(signs, students, strict=True)
+    ]
+    more = {name for jobs in tried[1:] for name in jobs} - tried[0].keys()
+    found = yield from do(reduce(or_, tried, runs(steps)) | runs(2 * steps), wanted)
     whole = {
         k: torch.cat([found[name] for name in jobs]) for k, jobs in enumerate(tried) if jobs.keys() <= found.keys()
     }
