@@ -15,8 +15,8 @@ with dpmpp_2m, euler or uni_pc_bh2. Shown is the best by the mean. The last two 
 included, by the mean and by the geometric mean each for itself, so they favour core. *HB* is the node Momentum, *DPMSolverV3*
 DPM-Solver-v3 without statistics; *weights and sigmas alone*: Fit Solver without ``rescale`` and ``decouple``. Every calibration
 ran as its node does, ``loss`` = log, on 32 captions with 32 seeds for the fit, 32 to select, 16 to report; those of *weights and
-sigmas alone* and *Curvature* are older, on 8 captions, and began from fewer schedules, which also holds for Fit Solver on the UNet
-at 6, 8 and 10 calls."""
+sigmas alone* and *Curvature* are older, on 8 captions, and began from fewer schedules, which also holds for Fit Solver on the
+UNet."""
 
 KEYS = ("mean", "geometric")
 CORES = ("core", "core's table")
