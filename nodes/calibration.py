@@ -130,10 +130,10 @@ MORE = io.Autogrow.Input(
     ),
     optional=True,
 )
-OUTPUTS = [
-    io.Image.Output(display_name="curve"),
-    io.Image.Output(display_name="schedule"),
-    io.String.Output(display_name="report"),
+OUTPUTS = [  # with ids: ComfyUI's own tell the place in the node that it has asked first, and these have several places
+    io.Image.Output("curve_image", display_name="curve"),
+    io.Image.Output("schedule_image", display_name="schedule"),
+    io.String.Output("report_text", display_name="report"),
 ]
 
 

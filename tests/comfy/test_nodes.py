@@ -32,6 +32,18 @@ def test_schema(node):
     node.GET_NODE_INFO_V1()  # what /object_info calls
 
 
+def test_schemas_are_valid_in_whichever_order_comfyui_asks():
+    """ComfyUI names an output without an id by its place, once: one that several nodes share at several places needs an id."""
+    places: dict[int, set[int]] = {}
+    shared = {}
+    for node in NODES:
+        for place, output in enumerate(node.define_schema().outputs):
+            shared[id(output)] = output
+            places.setdefault(id(output), set()).add(place)
+    several = [shared[key] for key, found in places.items() if len(found) > 1]
+    assert several and all(output.id and not output.id.startswith("_") for output in several)
+
+
 @pytest.mark.parametrize("node", NODES, ids=name)
 def test_every_input_has_a_tooltip(node):
     for item in node.GET_SCHEMA().inputs:
