@@ -202,7 +202,7 @@ def calibrate() -> Graph:
         latent=latent,
         steps=8,
         samples=4,
-        minutes=1.0,
+        minutes=2.0,
         name="demo_schedule",
         **shared,
     )
