@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -386,6 +387,26 @@ def test_two_who_begin_at_once_have_one_ranking_and_one_queue(tmp_path, monkeypa
     for made in (first, second):
         assert {**known, **made.teacher} == known
     assert sorted(queued(first)) == sorted(first.starts) and queued(first) == known["ranking"]
+
+
+def test_who_ranked_queues_and_the_others_wait_for_it(tmp_path, monkeypatch):
+    """Two at the same time, in threads, each with a connection of its own."""
+    both, queue, called = [study(tmp_path / "s.db", folder=str(tmp_path)) for _ in range(2)], Study._queue, []
+
+    def slowly(self, ranking):
+        called.append(self)
+        time.sleep(1.0)
+        queue(self, ranking)
+
+    monkeypatch.setattr(Study, "_queue", slowly)
+    for made in both:
+        made.join()
+    threads = [threading.Thread(target=made.teach) for made in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(called) == 1 and sorted(queued(both[0])) == sorted(both[0].starts)
 
 
 def test_killed_while_the_starts_are_queued_the_next_queues_the_rest(tmp_path, monkeypatch):

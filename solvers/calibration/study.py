@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,9 +27,9 @@ from .teacher import converge, teach
 ABOUT, TEACHER, LIMIT = "quickstep", "teacher", 1e6
 """Attributes of a study: what it is of, and its teacher. The error of a sample that is not finite."""
 
-SEARCHED, QUEUED = 0.75, 6
+SEARCHED, QUEUED, PATIENCE = 0.75, 6, 5.0
 """Share of the time after which the best one's times are refined; starts in the queue for each number of steps, if there are
-several."""
+several; seconds for which others wait for the one who queues them."""
 
 
 class Point(NamedTuple):
@@ -81,7 +83,7 @@ class Study:
     lost: bool = False
 
     def __post_init__(self):
-        self.shared = Shared(self.folder)
+        self.shared, self.own = Shared(self.folder), uuid.uuid4().hex
 
     @property
     def loss(self):
@@ -148,7 +150,7 @@ class Study:
     def teach(self) -> None:
         """The teacher's ends, from the file if they are there. The first one of the study also ranks the starts."""
         if TEACHER not in self.study.user_attrs:
-            ranked = self._rank()
+            ranked = {**self._rank(), "by": self.own}
             if TEACHER not in self.study.user_attrs:  # nobody was faster
                 self.study.set_user_attr(TEACHER, ranked)
         found = self.study.user_attrs[TEACHER]
@@ -159,7 +161,7 @@ class Study:
         self.space = self.space.about(base)
         ends = Ends(self.fit, self.select, self.shared)
         self._drain(ends.teach(self.space.process, found["steps"]))
-        signs = self.study.user_attrs[TEACHER].get("signs")  # again: others may have been faster
+        signs = self._queued()
         if signs is None:
             self._queue(found["ranking"])  # first: who is killed here leaves the rest of it to the next
             self.study.set_user_attr(TEACHER, {**found, "signs": ends.signs()})
@@ -168,6 +170,19 @@ class Study:
                 f"The study {self.name!r} is of another model or other prompts: the teacher's pictures are different ones here; "
                 "use the same checkpoint, LoRAs, prompts and settings."
             )
+
+    def _queued(self) -> list[list[float]] | None:
+        """The signs of the teacher's ends, which say that the starts are in the queue; None for the one who is to put them there:
+        whose ranking it is, and another if that one seems to be gone."""
+        began = time.monotonic()
+        while True:
+            known = self.study.user_attrs[TEACHER]  # again: others may have been faster
+            if known.get("signs") is not None:
+                return known["signs"]
+            if known.get("by") == self.own or time.monotonic() - began > PATIENCE:
+                return None
+            time.sleep(0.2)
+            self.tick()
 
     def search(self) -> None:
         """Trials until there are enough of them, or no time is left for more."""
