@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import folder_paths
 from comfy_api.latest import io
 
@@ -34,13 +32,11 @@ from ..solvers.unipc import UniPC
 from . import artifacts, calibration_found, plot
 from .attach import on
 from .bridge import distinct, process_of, sampler, solver_in
-from .calibration_found import CATEGORY, fits
+from .calibration_found import CATEGORY, warned
 from .calibration_run import SCHEDULE, Pursuit, as_sigmas, curve, path, schedules
 from .calibration_samples import Samples, samples
 from .derive import PREFIX
 from .show import show_text
-
-log = logging.getLogger(__name__)
 
 STARTS = {
     "Karras": KarrasSchedule(),
@@ -348,8 +344,8 @@ def _tied(method: Method) -> Method | None:
 def resumable(file: str, kind: str, model, taker: str) -> Artifact | None:
     """What an earlier search found, if it can be gone on from with this model; None without a file."""
     found = artifacts.read(file, kind, taker)
-    for sentence in [] if found is None else fits(found, model, file, taker):
-        log.warning("%s: %s %s", taker, file, sentence)
+    if found is not None:
+        warned(found, model, file, taker)
     return found
 
 

@@ -68,9 +68,7 @@ class FoundSchedule(io.ComfyNode):
         times = found.table.get("sigmas")
         if not times:
             raise ValueError(f"Found Schedule: {file} holds {found.kind}, which has no sigmas.")
-        said = [] if model is None else fits(found, model, file, "Found Schedule")
-        for sentence in said:
-            log.warning("Found Schedule: %s %s", file, sentence)
+        said = [] if model is None else warned(found, model, file, "Found Schedule")
         if steps not in (0, len(times) - 1):
             times = for_steps(found, model, steps, file)
             said.append(
@@ -132,6 +130,14 @@ def fits(found: Artifact, model, file: str, taker: str, sigmas: Sequence[float] 
             "It was found for other weights of this kind of network: compare with and without it, or calibrate again."
         ]
     return []
+
+
+def warned(found: Artifact, model, file: str, taker: str, sigmas: Sequence[float] = ()) -> list[str]:
+    """As ``fits``, and in the log."""
+    said = fits(found, model, file, taker, sigmas)
+    for sentence in said:
+        log.warning("%s: %s %s", taker, file, sentence)
+    return said
 
 
 def for_steps(found: Artifact, model, steps: int, file: str) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
@@ -14,12 +13,11 @@ from ..solvers.usf import to_table
 from ..solvers.usf_table import KIND, Table, parse
 from . import artifacts, plot
 from .bridge import distinct, process_of, solver_in
-from .calibration_found import fits
+from .calibration_found import warned
 from .calibration_shown import in_words as described
 from .derive import PREFIX
 
 CATEGORY = "Quickstep/solver tables"
-log = logging.getLogger(__name__)
 TABLE_TIP = "A solver schedule as JSON text: from Solver to Table, Load Solver Table, or written by hand."
 
 
@@ -189,9 +187,7 @@ class LoadTable(io.ComfyNode):
             )
         made = Table.of(found.table)
         searched = made.sigmas if found.found_for.model else ()  # those that are written by hand may begin anywhere
-        said = [] if model is None else fits(found, model, file, "Load Solver Table", searched)
-        for sentence in said:
-            log.warning("Load Solver Table: %s %s", file, sentence)
+        said = [] if model is None else warned(found, model, file, "Load Solver Table", searched)
         return io.NodeOutput(made.text(), "\n".join([described(found), *said]))
 
     @classmethod

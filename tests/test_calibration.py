@@ -15,7 +15,7 @@ from quickstep_under_test.solvers.artifact import Artifact
 from quickstep_under_test.solvers.calibration import cohort as cohorts
 from quickstep_under_test.solvers.calibration import tangents
 from quickstep_under_test.solvers.calibration import teacher as teachers
-from quickstep_under_test.solvers.calibration.cohort import Cohort, rejoin, sketch, track
+from quickstep_under_test.solvers.calibration.cohort import Cohort, drained, rejoin, sketch, track
 from quickstep_under_test.solvers.calibration.curve import Curve
 from quickstep_under_test.solvers.calibration.decoupled import Decoupled
 from quickstep_under_test.solvers.calibration.families import Joint, Plan, Schedules, Weights, fitted_plan, written
@@ -67,14 +67,6 @@ def batch(process, rows: int, seed: int, data: GaussianMixture = MIXTURE, same: 
     k = 1.0 if process.alpha(process.t_max) == 0.0 else K_MAX * process.alpha(process.t_max)
     problem = Problem(data.denoiser(process), process)
     return lambda visit: visit(problem, k * x)
-
-
-def drained(running):
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            return end.value
 
 
 def last(candidates):

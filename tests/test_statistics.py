@@ -10,7 +10,7 @@ import pytest
 import torch
 from quickstep_under_test.solvers.artifact import Artifact, load, save
 from quickstep_under_test.solvers.calibration import exposure, gaussian, score_mean
-from quickstep_under_test.solvers.calibration.cohort import Cohort
+from quickstep_under_test.solvers.calibration.cohort import Cohort, drained
 from quickstep_under_test.solvers.calibration.exposure import FoundEpsilonScaling
 from quickstep_under_test.solvers.calibration.families import Plan
 from quickstep_under_test.solvers.calibration.gaussian import GaussianStatistics
@@ -67,14 +67,6 @@ def batch(posed: Problem, rows: int, seed: int = 3):
     z = torch.randn(rows, 1, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = z * (1.0 if process.alpha(process.t_max) == 0.0 else K_MAX * process.alpha(process.t_max))
     return lambda visit: visit(posed, x)
-
-
-def drained(running):
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            return end.value
 
 
 def times(process, n: int) -> list[float]:

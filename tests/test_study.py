@@ -19,7 +19,7 @@ import pytest
 import torch
 from quickstep_under_test.solvers.calibration import ends, engine, shared
 from quickstep_under_test.solvers.calibration import study as studies
-from quickstep_under_test.solvers.calibration.cohort import Cohort
+from quickstep_under_test.solvers.calibration.cohort import Cohort, drained
 from quickstep_under_test.solvers.calibration.predictor import Predictor, proposals
 from quickstep_under_test.solvers.calibration.space import KNOWN, Space
 from quickstep_under_test.solvers.calibration.study import Study
@@ -83,14 +83,6 @@ def study(
 
 def end(plan, process) -> torch.Tensor:
     return batch(process, 3, 0)(lambda problem, x: sample(problem, plan.solver, x, plan.times))
-
-
-def drained(running):
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            return end.value
 
 
 def drawn(space: Space, rng: random.Random) -> dict:

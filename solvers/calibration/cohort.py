@@ -26,6 +26,19 @@ Running = Generator[None, None, Any]
 SKETCH = 4096
 
 
+def drained(running: Running, tick: Callable[[], None] = lambda: None) -> Any:
+    """The result, with ``tick``, which may raise, after each visit."""
+    try:
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                return end.value
+            tick()
+    finally:
+        running.close()  # at once: what it has taken up is then free for others
+
+
 @dataclass
 class Cohort:
     """Batches, and the teacher's end of each. ``calls`` counts network calls, each sample of a batch for itself; ``size`` is the

@@ -14,7 +14,7 @@ import torch
 
 from ..usf import USF
 from ..usf_table import Table
-from .cohort import Cohort, Running
+from .cohort import Cohort, Running, drained
 from .ends import Ends
 from .engine import FRONT, Proposer, distributions, needed, storage, suggested
 from .families import Plan, Schedules
@@ -326,15 +326,7 @@ class Study:
         return errors.nan_to_num(LIMIT, LIMIT).clamp(max=LIMIT)
 
     def _drain(self, running: Running) -> Any:
-        try:
-            while True:
-                try:
-                    next(running)
-                except StopIteration as end:
-                    return end.value
-                self.tick()
-        finally:
-            running.close()  # at once: what it has taken up is then free for others
+        return drained(running, self.tick)
 
     def _rank(self) -> dict[str, Any]:
         """How many steps the teacher needs, and the starts, best first."""

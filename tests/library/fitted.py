@@ -1,7 +1,7 @@
 """The fitted solver, with weights from a fit to the mixture of the laws."""
 
 from quickstep_under_test.solvers.artifact import Artifact
-from quickstep_under_test.solvers.calibration.cohort import Cohort
+from quickstep_under_test.solvers.calibration.cohort import Cohort, drained
 from quickstep_under_test.solvers.calibration.fitted import KIND, FittedSolver
 from quickstep_under_test.solvers.calibration.least_squares import sequential
 from quickstep_under_test.solvers.calibration.teacher import Trajectories
@@ -12,15 +12,6 @@ from quickstep_under_test.solvers.verify import FLOW, start
 from . import Variant
 
 SIGMAS = [1.0, 0.85, 0.6, 0.3, 0.1, 0.0]
-
-
-def drained(running):
-    """The result of a generator."""
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            return end.value
 
 
 def fit(memory: int) -> Artifact:
